@@ -1,0 +1,108 @@
+"""The exception tree. Every error that a user can cause or meet is one of these:
+
+    BshubError                     exit code 2 unless said otherwise
+    ├── UsageError                 a setting, option or path that cannot be
+    ├── ModelReferenceError        a model reference that leads nowhere (no such model, no network)
+    ├── CheckpointError            bytes that are not an admissible checkpoint for this model
+    ├── ImageDataError             a folder or file that does not hold the images it should
+    ├── TriggerError               a trigger file that cannot be read
+    ├── TraceError                 a model whose computation cannot be recorded
+    ├── SurgeryError               the proof after surgery failed; nothing was kept
+    ├── ExportError                the ONNX file does not compute what the model computes
+    ├── OutputError                the output folder cannot be written
+    ├── PublishError               the Hub refused
+    └── InconclusiveError          exit code 3: nothing could be examined
+
+An error carries its cause as text and, where one exists, the next command to type (``hint``).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BshubError",
+    "CheckpointError",
+    "ExportError",
+    "ImageDataError",
+    "InconclusiveError",
+    "ModelReferenceError",
+    "OutputError",
+    "PublishError",
+    "SurgeryError",
+    "TraceError",
+    "TriggerError",
+    "UsageError",
+    "printable",
+]
+
+
+def printable(text: object, limit: int = 400) -> str:
+    """Make foreign text safe to print: control and bidi characters become ``\\x..`` escapes.
+
+    Args:
+        text: Anything; ``str()`` of it is taken.
+        limit: Longest result; the rest becomes an ellipsis.
+    """
+    safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+class BshubError(Exception):
+    """Root of all errors.
+
+    Args:
+        message: What went wrong, one line.
+        hint: What to do or type next.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = printable(message)
+        self.hint = printable(hint) if hint else None
+        super().__init__(self.message if not self.hint else f"{self.message} ({self.hint})")
+
+
+class UsageError(BshubError):
+    """A setting, option or path that cannot be."""
+
+
+class ModelReferenceError(BshubError):
+    """A model reference that leads nowhere."""
+
+
+class CheckpointError(BshubError):
+    """Bytes that are not an admissible checkpoint for this model."""
+
+
+class ImageDataError(BshubError):
+    """A folder or file that does not hold the images it should."""
+
+
+class TriggerError(BshubError):
+    """A trigger file that cannot be read or applied."""
+
+
+class TraceError(BshubError):
+    """A model whose computation cannot be recorded."""
+
+
+class SurgeryError(BshubError):
+    """The proof after surgery failed; nothing was kept."""
+
+
+class ExportError(BshubError):
+    """The ONNX file does not compute what the model computes."""
+
+
+class OutputError(BshubError):
+    """The output folder cannot be written."""
+
+
+class PublishError(BshubError):
+    """The Hub refused, or could not be reached."""
+
+
+class InconclusiveError(BshubError):
+    """Nothing could be examined: too few samples, no conv-BN pair."""
+
+    exit_code = 3

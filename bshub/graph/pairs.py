@@ -1,0 +1,107 @@
+"""Which batch norm normalises which filter: from the data flow, never from registration order.
+
+A filter and a batch-norm channel form a pair when the filter's output values arrive at that channel unchanged
+or only moved (concatenated, cut, passed through a zero-preserving activation). A convolution may feed several
+batch norms (DenseNet's growth channels), a batch norm several convolutions; a residual sum in between breaks
+the pair, because the channel no longer belongs to one filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from bshub.graph.channels import Ints
+from bshub.graph.coupling import ChannelFlow, Normalised
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A batch norm that reads filters of one convolution: ``filters[k]`` arrives at ``channels[k]``."""
+
+    norm: Normalised
+    filters: Ints
+    channels: Ints
+
+
+@dataclass(frozen=True)
+class ConvBN:
+    """A convolution with the batch norms of its filters.
+
+    Attributes:
+        name: Qualified name of the convolution module.
+        out_channels: Number of filters.
+        slots: Variable of each filter, ``[out_channels]``.
+        values: Value ids of each filter's output, ``[runs, out_channels]`` (a shared module runs several times).
+        readers: The batch norms.
+        paired: Whether each filter has a batch norm, ``[out_channels]``.
+    """
+
+    name: str
+    out_channels: int
+    slots: Ints
+    values: Ints
+    readers: tuple[Reader, ...]
+    paired: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """All pairs, in execution order, and a reason for every convolution without one."""
+
+    pairs: tuple[ConvBN, ...]
+    unpaired: dict[str, str]
+
+    @property
+    def filters(self) -> int:
+        """Number of paired filters."""
+        return int(sum(pair.paired.sum() for pair in self.pairs))
+
+
+def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
+    """Pair convolutions with batch norms.
+
+    Args:
+        model: The recorded network.
+        flow: Its channels.
+
+    Returns:
+        The pairs; convolutions without a batch norm are listed with the reason.
+    """
+    owner: dict[int, str] = {}  # first variable of a parameter's output axis → parameter
+    for parameter, axes in flow.channels.axes.items():
+        if axes and len(axes[0]):
+            owner[int(axes[0][0])] = parameter
+    runs: dict[str, list[tuple[Ints, Ints]]] = {}
+    unpaired: dict[str, str] = {}
+    for conv in flow.convolutions:
+        weight = conv.node.args[1]
+        name = getattr(weight, "target", None) if getattr(weight, "op", "") == "get_attr" else None
+        module_name = str(name).rpartition(".")[0] if name else conv.node.meta["module"]
+        if name is None or not isinstance(model.get_submodule(module_name), _ConvNd):
+            unpaired[module_name] = "its weights are computed on the way, not stored as filters"
+            continue
+        runs.setdefault(module_name, []).append((conv.slots, conv.values))
+    pairs: list[ConvBN] = []
+    for module_name, seen in runs.items():
+        values = np.stack([v for _, v in seen])  # (runs, out)
+        readers = [reader for norm in flow.norms for row in values if (reader := _reader(norm, row))]
+        paired = np.zeros(values.shape[1], bool)
+        for reader in readers:
+            paired[reader.filters] = True
+        if not readers:
+            unpaired[module_name] = "no batch norm reads its filters directly"
+            continue
+        pairs.append(ConvBN(module_name, values.shape[1], seen[0][0], values, tuple(readers), paired))
+    return Pairing(tuple(pairs), unpaired)
+
+
+def _reader(norm: Normalised, values: Ints) -> Reader | None:
+    start, stop = values[0], values[-1]  # consecutive ids
+    if norm.weight is None or norm.mean is None or norm.variance is None:
+        return None
+    channels = np.flatnonzero((norm.inputs >= start) & (norm.inputs <= stop))
+    return Reader(norm, norm.inputs[channels] - start, channels) if len(channels) else None

@@ -1,0 +1,164 @@
+"""Flagged filters → :class:`RemovalPlan`: which slots leave the network, which filters fall silent in place.
+
+A slot leaves when nothing pins its coupling group and every convolution or linear that reads it would see
+only zeros (or a constant) once the flagged filters are silent. A flagged filter whose slot still carries
+something (the other branch of a residual sum) is silenced: its weights, bias, batch-norm scale and shift
+become zero, which is the paper's pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bshub.graph.channels import ALIVE, Ints
+from bshub.graph.coupling import ChannelFlow
+from bshub.graph.pairs import ConvBN, Pairing
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """What will happen to which filter.
+
+    Attributes:
+        flagged: Convolution → filters judged suspicious.
+        removed: Those of them that leave physically.
+        silenced: Those of them that stay as zeros.
+        followers: Convolution → filters that were not flagged and leave with a flagged one (depthwise chains).
+        kept: Parameter → axis → indices that stay, for each axis that loses some.
+        columns: Parameter → axis → indices read from leaving slots, for the proof.
+        zeroed: Parameter or buffer → indices of axis 0 that become zero (silenced filters and their batch norm).
+        stays: Convolution → why its flagged filters could not leave.
+    """
+
+    flagged: dict[str, list[int]]
+    removed: dict[str, list[int]]
+    silenced: dict[str, list[int]]
+    followers: dict[str, list[int]]
+    kept: dict[str, dict[int, list[int]]]
+    columns: dict[str, dict[int, list[int]]]
+    zeroed: dict[str, list[int]]
+    stays: dict[str, str]
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of flagged, removed, silenced and following filters."""
+        parts = {
+            "flagged": self.flagged,
+            "removed": self.removed,
+            "silenced": self.silenced,
+            "followers": self.followers,
+        }
+        return {name: sum(map(len, part.values())) for name, part in parts.items()}
+
+
+def make_plan(
+    flow: ChannelFlow, pairing: Pairing, flagged: Mapping[str, Ints], forbidden: frozenset[int] = frozenset()
+) -> RemovalPlan:
+    """Work out what leaves.
+
+    Args:
+        flow: The model's channels.
+        pairing: Its conv-BN pairs.
+        flagged: Convolution → indices of suspicious filters.
+        forbidden: Groups that must stay although nothing pins them (found by the proof).
+
+    Returns:
+        The plan.
+    """
+    channels, groups = flow.channels, flow.groups
+    pairs = {pair.name: pair for pair in pairing.pairs}
+    marked = {name: np.unique(np.asarray(index, np.int64)) for name, index in flagged.items() if len(index)}
+    silent = [values for name, index in marked.items() for values in _silent_values(pairs[name], index)]
+    levels = channels.levels(np.concatenate(silent) if silent else np.empty(0, np.int64))
+
+    leaving = np.zeros(channels.variables, bool)  # by group id
+    for name, index in marked.items():
+        leaving[groups[pairs[name].slots[index]]] = True
+    for slots, values in channels.reads:
+        leaving[groups[slots[levels[values] == ALIVE]]] = False
+    blocked = [group for group in (*flow.pinned, *forbidden) if leaving[group]]
+    leaving[blocked] = False
+    _keep_last(flow, leaving)
+
+    gone = leaving[groups]  # by variable
+    kept, columns = _cuts(flow, gone)
+    removed: dict[str, list[int]] = {}
+    silenced: dict[str, list[int]] = {}
+    followers: dict[str, list[int]] = {}
+    zeroed: dict[str, set[int]] = {}
+    stays: dict[str, str] = {}
+    for pair in pairing.pairs:
+        chosen = np.zeros(pair.out_channels, bool)
+        chosen[marked.get(pair.name, [])] = True
+        out = gone[pair.slots]
+        _store(removed, pair.name, chosen & out)
+        _store(silenced, pair.name, chosen & ~out)
+        _store(followers, pair.name, out & ~chosen)
+        if (chosen & ~out).any():
+            _silence(pair, np.flatnonzero(chosen & ~out), zeroed)
+            pins = {flow.pinned[g] for g in groups[pair.slots[chosen & ~out]].tolist() if g in flow.pinned}
+            stays[pair.name] = "; ".join(sorted(pins)) or "another branch writes or reads the same channel"
+    return RemovalPlan(
+        flagged={name: index.tolist() for name, index in marked.items()},
+        removed=removed,
+        silenced=silenced,
+        followers=followers,
+        kept=kept,
+        columns=columns,
+        zeroed={name: sorted(index) for name, index in zeroed.items()},
+        stays=stays,
+    )
+
+
+def _silent_values(pair: ConvBN, filters: Ints) -> list[Ints]:
+    """Value ids that are zero once the filters and their batch norm are: conv outputs and norm outputs."""
+    after = [reader.norm.outputs[reader.channels[np.isin(reader.filters, filters)]] for reader in pair.readers]
+    return [pair.values[:, filters].ravel(), *after]
+
+
+def _keep_last(flow: ChannelFlow, leaving: np.ndarray) -> None:
+    """No axis loses its last index: its first leaving group stays."""
+    changed = True
+    while changed:
+        changed = False
+        for axes in flow.channels.axes.values():
+            for slots in axes:
+                if len(slots) and leaving[flow.groups[slots]].all():
+                    leaving[flow.groups[slots[0]]] = False
+                    changed = True
+
+
+def _cuts(
+    flow: ChannelFlow, gone: np.ndarray
+) -> tuple[dict[str, dict[int, list[int]]], dict[str, dict[int, list[int]]]]:
+    contracted = np.zeros(flow.channels.variables, bool)
+    for slots in flow.channels.contracted:
+        contracted[slots] = True
+    kept: dict[str, dict[int, list[int]]] = {}
+    columns: dict[str, dict[int, list[int]]] = {}
+    for name, axes in flow.channels.axes.items():
+        for axis, slots in enumerate(axes):
+            lost = gone[slots]
+            if lost.any():
+                kept.setdefault(name, {})[axis] = np.flatnonzero(~lost).tolist()
+                read = np.flatnonzero(lost & contracted[slots])
+                if len(read):
+                    columns.setdefault(name, {})[axis] = read.tolist()
+    return kept, columns
+
+
+def _silence(pair: ConvBN, filters: Ints, zeroed: dict[str, set[int]]) -> None:
+    zeroed.setdefault(f"{pair.name}.weight", set()).update(filters.tolist())
+    zeroed.setdefault(f"{pair.name}.bias", set()).update(filters.tolist())
+    for reader in pair.readers:
+        hit = reader.channels[np.isin(reader.filters, filters)].tolist()
+        for parameter in (reader.norm.weight, reader.norm.bias):
+            if parameter:
+                zeroed.setdefault(parameter, set()).update(hit)
+
+
+def _store(where: dict[str, list[int]], name: str, mask: np.ndarray) -> None:
+    if mask.any():
+        where[name] = np.flatnonzero(mask).tolist()

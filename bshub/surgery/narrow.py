@@ -1,0 +1,142 @@
+"""Cut the planned indices out of a model's tensors and keep the numbers that mirror them true."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from bshub.graph.coupling import ChannelFlow
+from bshub.scoring.plan import RemovalPlan
+
+# Names under which modules keep a width they do not own as a tensor.
+_WIDTH_NAME = re.compile(r"(channels|chs|features|planes|width|hidden_size|embed_dim)$")
+
+
+def zero_silenced(model: nn.Module, plan: RemovalPlan) -> None:
+    """Silence the flagged filters that stay: rows, bias, batch-norm scale and shift become zero, in place."""
+    tensors = _named_tensors(model)
+    with torch.no_grad():
+        for name, index in plan.zeroed.items():
+            if name in tensors:  # a convolution before a batch norm rarely has a bias
+                tensors[name][index] = 0
+
+
+def zero_columns(model: nn.Module, plan: RemovalPlan) -> None:
+    """The oracle: zero the leaving slots at every consumer, in place, and nothing else."""
+    tensors = _named_tensors(model)
+    with torch.no_grad():
+        for name, axes in plan.columns.items():
+            for axis, index in axes.items():
+                tensors[name].index_fill_(axis, torch.tensor(index, device=tensors[name].device), 0)
+
+
+def narrow(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow) -> dict[str, dict[str, Any]]:
+    """Remove the planned indices from every tensor, in place.
+
+    Args:
+        model: The network to shrink.
+        plan: What leaves.
+        flow: The channels, for attributes that mirror the width of a module's output.
+
+    Returns:
+        Module → attribute → new value, for each plain attribute that had to follow.
+    """
+    replaced: dict[int, nn.Parameter] = {}  # a shared parameter stays shared
+    old_shapes: dict[str, dict[str, torch.Size]] = {}
+    for owner_name, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                full = f"{owner_name}.{leaf}" if owner_name else leaf
+                if tensor is None or full not in plan.kept:
+                    continue
+                old_shapes.setdefault(owner_name, {})[leaf] = tensor.shape
+                if id(tensor) not in replaced:
+                    smaller = _keep(tensor.detach(), plan.kept[full])
+                    if isinstance(tensor, nn.Parameter):
+                        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+                    replaced[id(tensor)] = smaller  # type: ignore[assignment]
+                store[leaf] = replaced[id(tensor)]
+    changes: dict[str, dict[str, Any]] = {}
+    for owner_name, shapes in old_shapes.items():
+        found = _own_attributes(model.get_submodule(owner_name), shapes)
+        if found:
+            changes[owner_name] = found
+    for module_name, found in _mirrored_attributes(model, plan, flow).items():
+        changes.setdefault(module_name, {}).update(found)
+    for module_name, attributes in changes.items():
+        vars(model.get_submodule(module_name)).update(attributes)
+    return changes
+
+
+def _keep(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
+    for axis, index in axes.items():
+        tensor = tensor.index_select(axis, torch.tensor(index, device=tensor.device))
+    return tensor.contiguous()
+
+
+def _own_attributes(module: nn.Module, old: dict[str, torch.Size]) -> dict[str, Any]:
+    """New values of the numbers that describe a module's own tensors."""
+    if isinstance(module, _ConvNd):
+        weight = module.weight
+        first, second = ("in", "out") if module.transposed else ("out", "in")
+        sizes = {first: weight.shape[0], second: weight.shape[1]}
+        before = old.get("weight", weight.shape)
+        depthwise = module.groups > 1 and before[1] == 1
+        # out // in stays the multiplier of a depthwise convolution; other groups keep their number
+        groups = module.groups * weight.shape[0] // before[0] if depthwise else module.groups
+        sizes[second] *= groups
+        found = {"in_channels": sizes["in"], "out_channels": sizes["out"], "groups": groups}
+    elif isinstance(module, _NormBase):
+        tensor = next(t for t in (module.weight, module.running_mean, module.bias) if t is not None)
+        found = {"num_features": len(tensor)}
+    elif isinstance(module, nn.Linear):
+        found = {"in_features": module.weight.shape[1], "out_features": module.weight.shape[0]}
+    else:
+        found = {}
+        for leaf, shape in old.items():
+            now = getattr(module, leaf).shape
+            for was, size in zip(shape, now, strict=True):
+                for attribute, value in vars(module).items():
+                    if type(value) is int and value == was != size and _WIDTH_NAME.search(attribute):
+                        found[attribute] = size
+    return {name: value for name, value in found.items() if getattr(module, name) != value}
+
+
+def _mirrored_attributes(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow) -> dict[str, dict[str, Any]]:
+    """Widths that containers remember: of their own output, or of a direct child's."""
+    gone = {int(flow.channels.axes[p][a][i]) for p, axes in plan.columns.items() for a, ix in axes.items() for i in ix}
+    gone_groups = {int(flow.groups[variable]) for variable in gone}
+    resized = {}
+    for module_name, slots in flow.widths.items():
+        left = sum(int(group) not in gone_groups for group in flow.groups[slots])
+        if left != len(slots):
+            resized[module_name] = (len(slots), left)
+    found: dict[str, dict[str, Any]] = {}
+    for name, (was, now) in resized.items():
+        for holder in {name, name.rpartition(".")[0]}:
+            module = model.get_submodule(holder)
+            if isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
+                continue
+            for attribute, value in vars(module).items():
+                if type(value) is int and value == was and _WIDTH_NAME.search(attribute):
+                    found.setdefault(holder, {})[attribute] = now
+    info = getattr(model, "feature_info", None)  # timm: one record per feature level
+    if isinstance(info, list) and all(isinstance(record, dict) for record in info):
+        renewed = [
+            {**record, "num_chs": resized[record["module"]][1]}
+            if record.get("module") in resized and resized[record["module"]][0] == record.get("num_chs")
+            else record
+            for record in info
+        ]
+        if renewed != info:
+            found.setdefault("", {})["feature_info"] = renewed
+    return found
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
