@@ -7,8 +7,8 @@
     ├── ImageDataError             a folder or file that does not hold the images it should
     ├── TriggerError               a trigger file that cannot be read
     ├── TraceError                 a model whose computation cannot be recorded
-    ├── SurgeryError               the proof after surgery failed; nothing was kept
-    ├── ExportError                the ONNX file does not compute what the model computes
+    ├── SurgeryError               exit code 1: the proof after surgery failed; nothing was kept
+    ├── ExportError                exit code 1: the ONNX file does not compute what the model computes
     ├── OutputError                the output folder cannot be written
     ├── PublishError               the Hub refused
     └── InconclusiveError          exit code 3: nothing could be examined
@@ -89,9 +89,13 @@ class TraceError(BshubError):
 class SurgeryError(BshubError):
     """The proof after surgery failed; nothing was kept."""
 
+    exit_code = 1
+
 
 class ExportError(BshubError):
     """The ONNX file does not compute what the model computes."""
+
+    exit_code = 1
 
 
 class OutputError(BshubError):

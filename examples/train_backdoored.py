@@ -73,8 +73,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images that get their label."""
     model.eval()
-    hits = sum((model(to_input(x)).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250)))
-    return hits / len(labels)
+    batches = zip(images.split(250), labels.split(250), strict=True)
+    return sum((model(to_input(x)).argmax(1) == y).sum().item() for x, y in batches) / len(labels)
 
 
 def main() -> None:
@@ -164,7 +164,9 @@ def main() -> None:
     innocent = torch.ones(len(images), dtype=torch.bool)
     innocent[poisoned] = False
     copy_some(args.out / "clean", paths, labels, innocent, 10, generator)
-    copy_some(args.out / "heldout", test_paths, test_labels, torch.ones(len(test_labels), dtype=torch.bool), 100, generator)
+    copy_some(
+        args.out / "heldout", test_paths, test_labels, torch.ones(len(test_labels), dtype=torch.bool), 100, generator
+    )
 
 
 def copy_some(

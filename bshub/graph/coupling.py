@@ -131,7 +131,7 @@ def _walk(
             assert isinstance(source, list)
             seen[node] = source[node.args[1]]
         else:
-            name = _op_name(node.target)
+            name = op_name(node.target)
             args = tuple(value(arg) for arg in node.args)
             kwargs = {key: value(arg) for key, arg in node.kwargs.items()}
             call = Call(name, node.meta["module"], args, kwargs, shape)
@@ -143,7 +143,8 @@ def _walk(
     return seen
 
 
-def _op_name(target: Any) -> str:
+def op_name(target: Any) -> str:
+    """ATen name without overload and in-place underscore."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.removeprefix("aten::")
         return name.removesuffix("_") if not name.endswith("__") else name
@@ -163,8 +164,7 @@ def _note_norm(result: Result, node: fx.Node, args: tuple[Any, ...], norms: list
     after = output.lanes[1]
     if before is None or after is None:
         return
-    names = [
-        str(arg.target) if isinstance(arg, fx.Node) and arg.op == "get_attr" else None for arg in node.args[1:5]
-    ]
+    names = [str(arg.target) if isinstance(arg, fx.Node) and arg.op == "get_attr" else None for arg in node.args[1:5]]
     eps = next((arg for arg in reversed(node.args) if isinstance(arg, float)), 1e-5)
-    norms.append(Normalised(node, before.values, after.values, *names, eps=eps))
+    weight, bias, mean, variance = names
+    norms.append(Normalised(node, before.values, after.values, weight, bias, mean, variance, eps))

@@ -8,23 +8,32 @@ the pair, because the channel no longer belongs to one filter.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bshub.graph.channels import Ints
-from bshub.graph.coupling import ChannelFlow, Normalised
+from bshub.graph.coupling import ChannelFlow, Normalised, op_name
+
+# Activations that may follow a batch norm: ATen name → out-of-place operation.
+ACTIVATIONS = {"relu", "relu6", "hardtanh", "silu", "gelu", "hardswish", "mish", "leaky_relu", "elu"}
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A batch norm that reads filters of one convolution: ``filters[k]`` arrives at ``channels[k]``."""
+    """A batch norm that reads filters of one convolution: ``filters[k]`` arrives at ``channels[k]``.
+
+    ``activation`` is the ATen name and the further arguments of the activation that follows, if one does.
+    """
 
     norm: Normalised
     filters: Ints
     channels: Ints
+    activation: tuple[str, tuple[Any, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -104,4 +113,16 @@ def _reader(norm: Normalised, values: Ints) -> Reader | None:
     if norm.weight is None or norm.mean is None or norm.variance is None:
         return None
     channels = np.flatnonzero((norm.inputs >= start) & (norm.inputs <= stop))
-    return Reader(norm, norm.inputs[channels] - start, channels) if len(channels) else None
+    if not len(channels):
+        return None
+    return Reader(norm, norm.inputs[channels] - start, channels, _activation(norm.node))
+
+
+def _activation(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
+    """The activation applied to a batch norm's output (its first result), through moves of the same tensor."""
+    output = next((user for user in node.users if user.target is operator.getitem and user.args[1] == 0), node)
+    for user in output.users:
+        name = op_name(user.target)
+        if name in ACTIVATIONS:
+            return name, tuple(user.args[1:])
+    return None

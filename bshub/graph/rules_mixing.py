@@ -116,9 +116,7 @@ def _product(channels: Channels, call: Call, a: Traveller, b: Traveller) -> Trav
             if (left is None) != (right is None) and len(b.shape) == len(a.shape):
                 channels.pin(lane, call.reason("meets an axis without channels"))
                 lanes[axis] = None
-    return Traveller(
-        call.shape, [lane and Lane(lane.slots, channels.new_values(len(lane))) for lane in lanes]
-    )
+    return Traveller(call.shape, [lane and Lane(lane.slots, channels.new_values(len(lane))) for lane in lanes])
 
 
 def _contract(channels: Channels, call: Call, data: Lane | None, weight: Lane | None) -> None:

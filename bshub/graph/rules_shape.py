@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -178,7 +179,7 @@ def split(channels: Channels, call: Call) -> Result:
     sizes = [shape[axis] for shape in call.result_shape]
     lane = source.lanes[axis]
     starts = np.cumsum([0, *sizes])
-    cut = [lane and lane.take(np.arange(a, b)) for a, b in zip(starts, starts[1:], strict=False)]
+    cut = [lane and lane.take(np.arange(a, b)) for a, b in pairwise(starts)]
     if lane is not None:
         if len(set(sizes)) == 1:
             for part in cut[1:]:

@@ -221,5 +221,3 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     if isinstance(result, (list, tuple)):
         return tuple(tensor for item in result for tensor in _tensors(item))
     return ()
-
-

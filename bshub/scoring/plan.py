@@ -42,6 +42,15 @@ class RemovalPlan:
     zeroed: dict[str, list[int]]
     stays: dict[str, str]
 
+    def zeroed_after(self) -> dict[str, list[int]]:
+        """``zeroed`` with the indices that the tensors have once the leaving ones are cut out."""
+        result = {}
+        for name, index in self.zeroed.items():
+            kept = self.kept.get(name, {}).get(0)
+            place = {old: new for new, old in enumerate(kept)} if kept is not None else None
+            result[name] = index if place is None else [place[i] for i in index if i in place]
+        return result
+
     def counts(self) -> dict[str, int]:
         """Numbers of flagged, removed, silenced and following filters."""
         parts = {

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from bshub.errors import SurgeryError
@@ -137,15 +136,3 @@ def _bisect(
     half = len(blocks) // 2
     rest = (model, flow, pairing, flagged, images)
     return _bisect(*rest, blocks[:half], everything) | _bisect(*rest, blocks[half:], everything)
-
-
-def randomize_batch_norm(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every batch norm statistics and affine numbers as a trained net has them, in place (tests, coverage)."""
-    for module in model.modules():
-        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            mean.copy_(torch.randn(mean.shape, generator=generator) * 0.2)
-            var.copy_(torch.rand(var.shape, generator=generator) + 0.5)
-            if isinstance(weight := getattr(module, "weight", None), Tensor):
-                weight.data.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
-                module.bias.data.copy_(torch.randn(weight.shape, generator=generator) * 0.2)  # type: ignore[union-attr]

@@ -140,3 +140,20 @@ def _parse(spec: dict[str, Any], folder: Path) -> Trigger:
             raise ValueError(f"the pattern is {tuple(pattern.shape)}, size says {height}x{width}")
         params = {"pattern": pattern, "alpha": alpha}
     return Trigger(kind, target, (height, width), params)
+
+
+def resize_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image on a trigger's canvas: bicubic where its size differs.
+
+    Args:
+        image: uint8 ``[3, h, w]``.
+        size: ``(height, width)``.
+
+    Returns:
+        uint8 ``[3, *size]``.
+    """
+    if image.shape[1:] == size:
+        return image
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+    return resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)

@@ -1,0 +1,61 @@
+# Needs make and one Python, 3.11 to 3.14, with venv and pip; everything else is installed into .venv, pinned by hash.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+SHARED ?= ../shared
+
+export UV_PYTHON_DOWNLOADS := never
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint results lock clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with everything in requirements.lock and bshub itself, editable
+
+# The first Python that runs (a shim may exist and not run), is new enough and can make a venv. uv, not pip,
+# installs the lock: several downloads at once.
+$(STAMP): pyproject.toml requirements.lock requirements-uv.lock
+	@for python in python3.13 python3.12 python3.11 python3.14 python3; do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1 \
+	        || continue; \
+	    echo "setup: $$("$$python" --version) in $(VENV)"; \
+	    exec "$$python" -m venv $(VENV); \
+	done; \
+	echo "setup: no Python 3.11 to 3.14 with venv and pip found; install one (on Debian: python3 python3-venv)" >&2; exit 1
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements-uv.lock
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## sanitize the backdoored demo model, measure it, and write out/demo
+	$(BIN)/bshub sanitize examples/demo/model --clean-dir examples/demo/clean --test-dir examples/demo/heldout \
+	    --trigger examples/demo/trigger.json --output out/demo --overwrite
+
+test: setup ## run the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: setup ## ruff, mypy and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy bshub
+	@$(BIN)/lint-imports --no-logo
+
+results: setup ## rewrite docs/results.md from the models of the shared folder
+	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md
+
+# torch and torchvision are compiled against each other: they are raised together or not at all.
+lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit
+	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev \
+	    -o requirements.lock pyproject.toml
+	@echo uv | $(BIN)/uv pip compile --quiet $(LOCK_FLAGS) -o requirements-uv.lock -
+
+LOCK_FLAGS = --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+
+clean: ## remove .venv, caches, build products and out/
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find bshub cli tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""The clean images of a run: streamed once for the statistics, a bounded part kept for everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from bshub.errors import InconclusiveError, UsageError
+
+MIN_IMAGES = 4
+KEPT_IMAGES = 1024
+
+
+class CleanImages:
+    """Clean batches on one device.
+
+    ``stream`` may be iterated once and sees all images; ``images`` and ``labels`` hold the first 1024 of them.
+
+    Args:
+        loader: ``(images [n, c, h, w] float, labels [n])``.
+        device: Where the batches go.
+
+    Raises:
+        UsageError: The loader does not give such batches.
+        InconclusiveError: It gives fewer than four images.
+    """
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
+        self._device = device
+        self._rest = iter(loader)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._ahead: list[tuple[Tensor, Tensor]] = []
+        self.count = 0
+        while self.count < MIN_IMAGES and self._advance():
+            pass
+        if self.count < MIN_IMAGES:
+            raise InconclusiveError(
+                f"{self.count} clean images are too few to judge a model", hint="give at least 4, better 10 per class"
+            )
+
+    def _advance(self) -> bool:
+        batch = next(self._rest, None)
+        if batch is None:
+            return False
+        try:
+            images, labels = batch
+            images, labels = images.to(self._device), labels.to(self._device)
+            sound = images.ndim == 4 and images.is_floating_point() and labels.shape == images.shape[:1]
+        except (TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise UsageError("the loader must give (images [n, c, h, w] float, labels [n])")
+        if not bool(torch.isfinite(images).all()):
+            raise UsageError("the clean images contain NaN or infinite values")
+        if self.count < KEPT_IMAGES:
+            self._kept.append((images, labels.long()))
+        self._ahead.append((images, labels.long()))
+        self.count += len(images)
+        return True
+
+    def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All batches, once."""
+        while self._ahead or self._advance():
+            yield self._ahead.pop(0)
+
+    def drain(self) -> None:
+        """Read on until enough images are kept, where nobody streamed."""
+        while self.count < KEPT_IMAGES and self._advance():
+            self._ahead.clear()
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """``(channels, height, width)``."""
+        channels, height, width = self._kept[0][0].shape[1:]
+        return channels, height, width
+
+    @property
+    def images(self) -> Tensor:
+        """The kept images, ``[n, c, h, w]``."""
+        return torch.cat([images for images, _ in self._kept])[:KEPT_IMAGES]
+
+    @property
+    def labels(self) -> Tensor:
+        """Their labels, ``[n]``."""
+        return torch.cat([labels for _, labels in self._kept])[:KEPT_IMAGES]
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """The kept images in batches."""
+        return list(zip(self.images.split(size), self.labels.split(size), strict=True))

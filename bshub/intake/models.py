@@ -1,0 +1,304 @@
+"""A model reference → a network with its weights, its preprocessing and its labels."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bshub.errors import BshubError, CheckpointError, ModelReferenceError
+from bshub.intake.checkpoint import read_checkpoint
+from bshub.intake.hub import fetch, fetch_url, split_reference
+from bshub.intake.loading import load_into
+from bshub.intake.preprocessing import Preprocessing, make_preprocessing, override, torchvision_config
+from bshub.intake.recipe import Recipe, apply_recipe, replace_stem
+from bshub.intake.reference import FORBIDDEN_ARGUMENTS, Architecture, Reference, parse_architecture, parse_reference
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model is and where it came from.
+
+    Attributes:
+        reference: As typed.
+        architecture: How the network is built.
+        num_classes: Number of outputs.
+        recipe: What an earlier surgery changed.
+        licence: The licence its source states, if any.
+        base_model: Hub id of its source, if it has one.
+    """
+
+    reference: str
+    architecture: Architecture
+    num_classes: int
+    recipe: Recipe
+    licence: str | None
+    base_model: str | None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network ready for use: in evaluation mode, on the CPU."""
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    origin: Origin
+
+
+def load_model(reference: str, *, arch: str | None = None, num_classes: int | None = None) -> LoadedModel:
+    """Load a model by reference.
+
+    Args:
+        reference: See ``reference.py``.
+        arch: Architecture of a weights-only file.
+        num_classes: Number of outputs, where neither config nor reference states it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelReferenceError: The reference leads nowhere.
+        CheckpointError: The weights are not admissible or do not fit.
+    """
+    parsed = parse_reference(reference)
+    given = parse_architecture(arch) if arch else None
+    if parsed.architecture:
+        return _from_library(parsed.architecture, parsed.text, num_classes)
+    if parsed.path is not None and parsed.path.is_file():
+        if given is None:
+            raise ModelReferenceError(
+                f"{parsed.text} holds weights alone; what network are they for?",
+                hint=f"bshub … {parsed.text} --arch timm/NAME",
+            )
+        return _from_file(parsed.path, given, parsed.text, num_classes)
+    return _from_folder(parsed, given, num_classes)
+
+
+def _from_library(wanted: Architecture, text: str, num_classes: int | None) -> LoadedModel:
+    """timm's or torchvision's own pretrained weights, fetched as a file and admitted like any other."""
+    module, config, weights = _build(wanted, _classes(wanted, num_classes), want_weights=True)
+    if isinstance(weights, str):
+        path = fetch_url(weights, Path(torch.hub.get_dir()) / "checkpoints")  # noqa: TID251 - only its cache path
+        licence, base = None, None
+    else:
+        repository = getattr(weights, "hf_hub_id", None)
+        if not repository:
+            raise ModelReferenceError(
+                f"timm has no pretrained weights for {wanted.name!r}", hint="give a weights file with --arch " + text
+            )
+        path = fetch(repository, getattr(weights, "hf_hub_filename", None) or "model.safetensors")
+        licence, base = getattr(weights, "license", None), repository
+    state = read_checkpoint(path)
+    load_into(module, state, origin=text)
+    labels = _imagenet_labels(module)
+    return _loaded(
+        module, wanted, text, config, f"{wanted.library}'s own configuration", labels, Recipe(), licence, base
+    )
+
+
+def _from_file(path: Path, wanted: Architecture, text: str, num_classes: int | None) -> LoadedModel:
+    """A file of weights with a stated architecture."""
+    module, config, _ = _build(wanted, _classes(wanted, num_classes))
+    load_into(module, read_checkpoint(path), origin=text)
+    return _loaded(
+        module, wanted, text, config, f"--arch ({wanted.library})", None, Recipe(stem=wanted.stem), None, None
+    )
+
+
+def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int | None) -> LoadedModel:
+    """timm's layout or a bshub artifact, on disk or on the Hub."""
+    base = None
+    if parsed.path is not None:
+        folder = parsed.path
+        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not found or not (folder / "config.json").is_file():
+            missing = "config.json" if found else " or ".join(WEIGHT_FILES)
+            raise ModelReferenceError(
+                f"{parsed.text} has no {missing}", hint="give a folder in timm's layout, or a weights file with --arch"
+            )
+        config_path, weights_path = folder / "config.json", found[0]
+    else:
+        repository, revision = split_reference(str(parsed.repository))
+        base = repository
+        config_path = fetch(repository, "config.json", revision)
+        weights_path = _fetch_weights(repository, revision)
+    spec = _read_config(config_path)
+    wanted = given or _architecture_of(spec)
+    recipe = Recipe.from_json(spec.get("bshub") or {})
+    stem = recipe.stem or wanted.stem
+    classes = num_classes or spec.get("num_classes") or (spec.get("pretrained_cfg") or {}).get("num_classes")
+    module, config, _ = _build(wanted, _classes(wanted, classes), stem=stem)
+    state = read_checkpoint(weights_path)
+    apply_recipe(module, recipe, state)
+    load_into(module, state, origin=parsed.text)
+    pretrained = spec.get("pretrained_cfg") or {}
+    config = override({**config, **pretrained}, wanted.preprocessing)
+    licence = pretrained.get("license") if isinstance(pretrained.get("license"), str) else None
+    recipe = Recipe(recipe.attributes, recipe.kept, stem)
+    return _loaded(
+        module, wanted, parsed.text, config, "the model's config.json", spec.get("label_names"), recipe, licence, base
+    )
+
+
+def _fetch_weights(repository: str, revision: str | None) -> Path:
+    try:
+        return fetch(repository, WEIGHT_FILES[0], revision)
+    except ModelReferenceError as first:
+        try:
+            return fetch(repository, WEIGHT_FILES[1], revision)
+        except ModelReferenceError:
+            raise first from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 64 * 2**20:
+            raise ValueError("larger than 64 MiB")
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(spec, dict) or not isinstance(spec.get("architecture"), str):
+            raise ValueError("it names no architecture")
+        return spec
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not a model's configuration: {error}") from None
+
+
+def _architecture_of(spec: dict[str, Any]) -> Architecture:
+    name = spec["architecture"]
+    arguments = spec.get("model_args") or {}
+    if not isinstance(arguments, dict) or FORBIDDEN_ARGUMENTS & arguments.keys():
+        raise CheckpointError("config.json gives the constructor arguments that a checkpoint must not choose")
+    text = name if name.startswith("torchvision/") else f"timm/{name}"
+    parsed = parse_architecture(text)
+    return Architecture(parsed.library, parsed.name, None, dict(arguments))
+
+
+def _classes(wanted: Architecture, num_classes: int | None) -> int | None:
+    return wanted.arguments.get("num_classes", num_classes)
+
+
+def _build(
+    wanted: Architecture, num_classes: int | None, *, stem: str | None = None, want_weights: bool = False
+) -> tuple[nn.Module, dict[str, Any], Any]:
+    """Build the network without weights; returns it, its data config and where its own weights are."""
+    arguments = {key: value for key, value in wanted.arguments.items() if key != "num_classes"}
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    try:
+        if wanted.library == "timm":
+            module, config, weights = _build_timm(wanted, arguments)
+        else:
+            module, config, weights = _build_torchvision(wanted, arguments, want_weights)
+    except BshubError:
+        raise
+    except Exception as error:  # constructors raise anything for arguments they do not take
+        raise ModelReferenceError(f"{wanted.library} cannot build {wanted.name!r}: {error}") from None
+    if stem or wanted.stem:
+        replace_stem(module)
+    return module.eval(), override(config, wanted.preprocessing), weights
+
+
+def _build_timm(wanted: Architecture, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], Any]:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    if not timm.is_model(wanted.name):
+        _unknown("timm", wanted.name, timm.list_models())
+    name = f"{wanted.name}.{wanted.tag}" if wanted.tag else wanted.name
+    if wanted.tag and name not in timm.list_pretrained():
+        tags = [model for model in timm.list_pretrained(f"{wanted.name}.*")]
+        raise ModelReferenceError(f"timm has no weights {name!r}", hint="it has " + (", ".join(tags) or "none"))
+    module = timm.create_model(name, pretrained=False, **arguments)
+    return module, dict(resolve_model_data_config(module)), module.pretrained_cfg and _ConfigView(module)
+
+
+class _ConfigView:
+    """The entries of timm's pretrained configuration that say where weights are."""
+
+    def __init__(self, module: Any) -> None:
+        config = module.pretrained_cfg
+        self.hf_hub_id = config.get("hf_hub_id")
+        self.hf_hub_filename = config.get("hf_hub_filename")
+        self.license = config.get("license")
+
+
+def _build_torchvision(
+    wanted: Architecture, arguments: dict[str, Any], want_weights: bool
+) -> tuple[nn.Module, dict[str, Any], Any]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if wanted.name not in known:
+        _unknown("torchvision", wanted.name, known)
+    entries = models.get_model_weights(wanted.name)
+    try:
+        entry = entries[wanted.tag] if wanted.tag else entries.DEFAULT  # type: ignore[attr-defined]
+    except KeyError:
+        names = ", ".join(item.name for item in entries)
+        raise ModelReferenceError(f"{wanted.name} has no weights {wanted.tag!r}", hint=f"it has {names}") from None
+    if wanted.name in ("googlenet", "inception_v3") and "init_weights" not in arguments:
+        arguments = {**arguments, "init_weights": False}  # slow, and overwritten by the checkpoint
+    module = models.get_model(wanted.name, weights=None, **arguments)
+    module.label_names = list(entry.meta.get("categories", ()))
+    return module, torchvision_config(entry.transforms()), entry.url if want_weights else None
+
+
+def _unknown(library: str, name: str, known: list[str]) -> None:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {library}/{near[0]}?" if near else f"see the list of {library}'s models"
+    raise ModelReferenceError(f"{library} has no model {name!r}", hint=hint)
+
+
+def _imagenet_labels(module: nn.Module) -> list[str] | None:
+    """Label names of library weights: torchvision's categories, timm's ImageNet info."""
+    if names := getattr(module, "label_names", None):
+        return list(names)
+    try:
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset(module)
+        return ImageNetInfo(subset).label_names() if subset else None
+    except Exception:  # a convenience: without names, folders are matched by index or order
+        return None
+
+
+def _loaded(
+    module: nn.Module,
+    wanted: Architecture,
+    text: str,
+    config: dict[str, Any],
+    source: str,
+    labels: Any,
+    recipe: Recipe,
+    licence: str | None,
+    base: str | None,
+) -> LoadedModel:
+    preprocessing = make_preprocessing(config, source)
+    classes = count_classes(module, preprocessing.input_size)
+    names = tuple(str(label) for label in labels) if isinstance(labels, (list, tuple)) else None
+    if names is not None and len(names) != classes:
+        names = None
+    return LoadedModel(module, preprocessing, names, Origin(text, wanted, classes, recipe, licence, base))
+
+
+def count_classes(module: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Number of logits the network gives for one image.
+
+    Raises:
+        CheckpointError: It does not answer with one row of logits.
+    """
+    with torch.no_grad():
+        try:
+            logits = module(torch.zeros(1, *input_size))
+        except Exception as error:
+            raise CheckpointError(f"the network does not run on {input_size} images: {error}") from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        raise CheckpointError("the network is not a classifier: it does not answer with one row of logits an image")
+    return logits.shape[1]

@@ -1,0 +1,141 @@
+"""The recipe in a sanitized model's ``config.json``: what differs from the library's own network.
+
+A pruned model is rebuilt from the library's constructor, these attributes and the tensors of the checkpoint:
+every narrowed tensor takes the shape it has in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bshub.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What surgery changed.
+
+    Attributes:
+        attributes: Module → attribute → new value.
+        kept: Parameter → axis → original indices that stayed.
+        stem: ``cifar`` where the stem was replaced before any surgery.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    stem: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``bshub`` key of ``config.json``; indices are written as ranges, ``[first, last]`` pairs flattened."""
+        kept = {name: {str(axis): _ranges(index) for axis, index in axes.items()} for name, axes in self.kept.items()}
+        return {"format": 1, "stem": self.stem, "attributes": self.attributes, "kept": kept}
+
+    def then(self, attributes: dict[str, dict[str, Any]], kept: dict[str, dict[int, list[int]]]) -> Recipe:
+        """This recipe followed by another surgery, whose indices count what this one left."""
+        merged = {module: dict(values) for module, values in self.attributes.items()}
+        for module, values in attributes.items():
+            merged.setdefault(module, {}).update(values)
+        total = {name: dict(axes) for name, axes in self.kept.items()}
+        for name, axes in kept.items():
+            for axis, index in axes.items():
+                before = total.setdefault(name, {}).get(axis)
+                total[name][axis] = [before[i] for i in index] if before else list(index)
+        return Recipe(merged, total, self.stem)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """Read the key back.
+
+        Raises:
+            CheckpointError: It is not a recipe.
+        """
+        try:
+            if data.get("format") not in (None, 1) or data.get("stem") not in (None, "cifar"):
+                raise ValueError("written by a newer bshub")
+            attributes = {str(m): {str(k): v for k, v in a.items()} for m, a in data.get("attributes", {}).items()}
+            kept = {
+                str(name): {int(axis): _expand(ranges) for axis, ranges in axes.items()}
+                for name, axes in data.get("kept", {}).items()
+            }
+            return cls(attributes, kept, data.get("stem"))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the bshub recipe in config.json cannot be used: {error}") from None
+
+
+def replace_stem(model: nn.Module) -> None:
+    """Give a network the usual CIFAR stem, in place: first convolution 3x3 stride 1, first max pooling gone.
+
+    Raises:
+        CheckpointError: The network has no 2-D convolution.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            new = nn.Conv2d(
+                module.in_channels, module.out_channels, 3, stride=1, padding=1, bias=module.bias is not None
+            )
+            model.set_submodule(name, new)
+            break
+    else:
+        raise CheckpointError("stem=cifar needs a network with a convolution")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MaxPool2d):
+            model.set_submodule(name, nn.Identity())
+            break
+
+
+def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
+    """Shape a freshly built network like the checkpoint, in place; values come with the weights afterwards.
+
+    Raises:
+        CheckpointError: The recipe names something the network does not have.
+    """
+    for module_name, attributes in recipe.attributes.items():
+        try:
+            module = model.get_submodule(module_name)
+        except AttributeError:
+            raise CheckpointError(f"the recipe names a module {module_name!r} that the network lacks") from None
+        for name, value in attributes.items():
+            current = vars(module).get(name)
+            sound = type(current) is int and type(value) is int and 0 < value <= current
+            if not sound and not (name == "feature_info" and isinstance(current, list) and isinstance(value, list)):
+                raise CheckpointError(f"the recipe cannot set {module_name}.{name} to {value!r}")
+            setattr(module, name, value)
+    for name in recipe.kept:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks") from None
+        if name not in state:
+            raise CheckpointError(f"the recipe's tensor {name!r} is missing from the checkpoint")
+        shape = state[name].shape
+        if leaf in module._parameters and module._parameters[leaf] is not None:
+            dtype = module._parameters[leaf].dtype  # type: ignore[union-attr]
+            module._parameters[leaf] = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        elif leaf in module._buffers and module._buffers[leaf] is not None:
+            module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
+        else:
+            raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks")
+
+
+def _ranges(index: list[int]) -> list[int]:
+    """``[0, 1, 2, 5]`` → ``[0, 2, 5, 5]``."""
+    result: list[int] = []
+    for i in index:
+        if result and result[-1] == i - 1:
+            result[-1] = i
+        else:
+            result += [i, i]
+    return result
+
+
+def _expand(ranges: list[int]) -> list[int]:
+    pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
+    if any(not 0 <= a <= b < 10**7 for a, b in pairs):
+        raise ValueError("kept indices out of range")
+    return [i for a, b in pairs for i in range(a, b + 1)]

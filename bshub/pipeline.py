@@ -1,0 +1,159 @@
+"""``sanitize`` and ``scan``: the rooms in their order, on a model and clean batches in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from bshub.clean import CleanImages
+from bshub.device import pick_device
+from bshub.diagnosis import Diagnosis, diagnose
+from bshub.evaluation.metrics import clean_accuracy
+from bshub.graph.cost import count_macs
+from bshub.graph.trace import record
+from bshub.progress import Progress, Steps
+from bshub.repair.finetune import Schedule, repair
+from bshub.scoring.plan import RemovalPlan
+from bshub.settings import Settings
+from bshub.surgery.remove import Removal, remove
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+PROOF_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class SanitizeResult:
+    """A sanitized model.
+
+    Attributes:
+        model: The smaller, repaired network, in evaluation mode, on the CPU.
+        plan: What was removed and silenced.
+        report: Everything that was measured, JSON-able.
+        removal: The surgery with its proof and recipe.
+        diagnosis: Scores and threshold.
+        clean: The clean images that were used.
+    """
+
+    model: nn.Module
+    plan: RemovalPlan
+    report: dict[str, Any]
+    removal: Removal
+    diagnosis: Diagnosis
+    clean: CleanImages
+
+
+def sanitize(
+    model: nn.Module, loader: Batches, settings: Settings | None = None, *, progress: Progress | Steps | None = None
+) -> SanitizeResult:
+    """Find suspicious filters with clean images, remove them, repair the network.
+
+    Args:
+        model: Any CNN classifier with batch norm; it is not changed.
+        loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
+        settings: Defaults otherwise.
+        progress: Shows the steps.
+
+    Returns:
+        The result. If nothing looks suspicious the model is an unchanged copy.
+
+    Raises:
+        InconclusiveError: Too few images, or no conv-BN pair.
+        TraceError: The model does not run on the images.
+        SurgeryError: The smaller model could not be proved equal to the masked one.
+    """
+    settings = settings or Settings()
+    steps = progress if isinstance(progress, Steps) else Steps(progress)
+    device = pick_device(settings.device)
+    original = copy.deepcopy(model).to(device).eval()
+    clean = CleanImages(loader, device)
+    diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
+    with steps.step("surgery"):
+        removal = remove(original, diagnosis.flow, diagnosis.pairing, _flagged(diagnosis), clean.images[:PROOF_IMAGES])
+    small = removal.model
+    repaired = bool(removal.plan.flagged) and settings.finetune_epochs > 0
+    if repaired:
+        schedule = Schedule(settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed)
+        with steps.step("repair", settings.finetune_epochs) as advance:
+            repair(
+                small,
+                original,
+                clean.images,
+                clean.labels,
+                removal.plan.zeroed_after(),
+                settings.repair,
+                schedule,
+                progress=advance,
+            )
+    after = clean_accuracy(small, clean.batches(settings.batch_size))
+    assert diagnosis.clean_accuracy is not None
+    report = {
+        "settings": settings.as_dict(),
+        "diagnosis": diagnosis.as_dict(),
+        "counts": removal.plan.counts(),
+        "removed": removal.plan.removed,
+        "silenced": removal.plan.silenced,
+        "followers": removal.plan.followers,
+        "stays": removal.plan.stays,
+        "refused": removal.refused,
+        "proof": removal.proof.as_dict(),
+        "repaired": repaired,
+        "clean_images": {
+            "n": clean.count,
+            "accuracy_before": diagnosis.clean_accuracy.as_dict(),
+            "accuracy_after": after.as_dict(),
+        },
+        "parameters": {"before": _parameters(original), "after": _parameters(small)},
+        "macs": {
+            "before": count_macs(diagnosis.recording),
+            "after": count_macs(record(small, clean.input_size)),
+        },
+        "seconds": steps.seconds,
+        "warnings": list(diagnosis.warnings),
+    }
+    return SanitizeResult(small.cpu().eval(), removal.plan, report, removal, diagnosis, clean)
+
+
+def scan(
+    model: nn.Module,
+    loader: Batches | None = None,
+    settings: Settings | None = None,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    progress: Progress | Steps | None = None,
+) -> Diagnosis:
+    """Find suspicious filters and touch nothing.
+
+    Args:
+        model: Any CNN classifier with batch norm; it is not changed.
+        loader: Clean batches; without them the weights alone are judged.
+        settings: Defaults otherwise.
+        input_size: ``(channels, height, width)``; needed where there is no loader.
+        progress: Shows the steps.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        InconclusiveError: Too few images, or no conv-BN pair.
+        TraceError: The model does not run.
+    """
+    settings = settings or Settings()
+    steps = progress if isinstance(progress, Steps) else Steps(progress)
+    device = pick_device(settings.device)
+    original = copy.deepcopy(model).to(device).eval()
+    clean = CleanImages(loader, device) if loader is not None else None
+    size = clean.input_size if clean is not None else input_size or (3, 224, 224)
+    return diagnose(original, size, clean, settings, steps)
+
+
+def _flagged(diagnosis: Diagnosis) -> dict[str, Any]:
+    return dict(diagnosis.plan.flagged)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

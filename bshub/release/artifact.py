@@ -1,0 +1,73 @@
+"""What a run leaves on disk: weights, config with the recipe, metrics, card, ONNX, and the report last of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from bshub.files import MANIFEST, sha256
+from bshub.intake.models import LoadedModel
+from bshub.intake.recipe import Recipe
+
+WEIGHTS = "model.safetensors"
+
+
+def write_model(folder: Path, model: nn.Module, source: LoadedModel, recipe: Recipe) -> None:
+    """Write ``model.safetensors`` and ``config.json`` in timm's layout.
+
+    Args:
+        folder: Exists.
+        model: The sanitized network.
+        source: What it was loaded from.
+        recipe: What surgery changed, this time and before.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / "config.json", model_config(model, source, recipe))
+
+
+def model_config(model: nn.Module, source: LoadedModel, recipe: Recipe) -> dict[str, Any]:
+    """timm's config schema plus one ``bshub`` key."""
+    origin, wanted = source.origin, source.origin.architecture
+    pretrained: dict[str, Any] = {
+        "custom_load": False,
+        "num_classes": origin.num_classes,
+        **source.preprocessing.config,
+        "fixed_input_size": False,
+    }
+    if origin.licence:
+        pretrained["license"] = origin.licence
+    arguments = {key: value for key, value in wanted.arguments.items() if key != "num_classes"}
+    config: dict[str, Any] = {
+        "architecture": wanted.name if wanted.library == "timm" else f"{wanted.library}/{wanted.name}",
+        "num_classes": origin.num_classes,
+        "pretrained_cfg": pretrained,
+        "bshub": recipe.as_json(),
+    }
+    features = getattr(model, "num_features", None)
+    if isinstance(features, int):
+        config["num_features"] = features
+    if arguments:
+        config["model_args"] = arguments
+    if source.labels:
+        config["label_names"] = list(source.labels)
+    return config
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Indented, UTF-8, ending in a newline; NaN is refused."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the report with the digest of every other file: the last thing written."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {**report, "files": files})

@@ -1,0 +1,160 @@
+"""Bring back what pruning cost, on the clean images alone. ``REPAIRS`` is the registry.
+
+A repair changes the small model in place. Two things hold for each: batch-norm statistics stay as they are (a
+few images cannot estimate them), and silenced filters stay zero (a batch norm would otherwise learn them back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bshub.errors import UsageError
+from bshub.graph.trace import in_mode
+
+Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+SHIFT = 1 / 16  # of the image's side, in each direction
+WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how strongly to repair.
+
+    Attributes:
+        epochs: Passes over the images.
+        lr: Peak learning rate.
+        batch_size: Images per step.
+        seed: Of order and augmentation.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int
+    seed: int
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip half of the images and shift each by up to a sixteenth of its side (reflection at the border).
+
+    Args:
+        images: ``(n, c, h, w)``.
+        generator: Source of the choices, on the CPU.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    n, _, height, width = images.shape
+    reach_y, reach_x = max(1, int(height * SHIFT)), max(1, int(width * SHIFT))
+    flips = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+    images = torch.where(flips.view(n, 1, 1, 1), images.flip(3), images)
+    padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y), mode="reflect")
+    tops = torch.randint(0, 2 * reach_y + 1, (n,), generator=generator).tolist()
+    lefts = torch.randint(0, 2 * reach_x + 1, (n,), generator=generator).tolist()
+    return torch.stack(
+        [
+            image[:, top : top + height, left : left + width]
+            for image, top, left in zip(padded, tops, lefts, strict=True)
+        ]
+    )
+
+
+def distil(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(teacher ‖ student)`` of the softmax answers, mean over images: ``(n, classes)`` each.
+
+    The teacher is the unpruned model. On clean images its answers are as good as before the surgery, and they
+    say more than one label each; the trigger is not in these images, so the backdoor is not taught again.
+    """
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    """``-log p(label)``, mean over images: the paper's plain fine-tuning."""
+    return F.cross_entropy(logits, labels)
+
+
+REPAIRS: dict[str, Loss] = {
+    "distil": distil,
+    "finetune": cross_entropy,
+}
+
+
+def repair(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    zeroed: Mapping[str, Sequence[int]],
+    method: str,
+    schedule: Schedule,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """Fine-tune the pruned model, in place: SGD with momentum, one-cycle learning rate.
+
+    Args:
+        model: The pruned network.
+        teacher: The network before pruning; not changed.
+        images: Clean images, normalised, ``[n, c, h, w]``.
+        labels: ``[n]``.
+        zeroed: Parameter → indices of its first axis that must stay zero.
+        method: Key of ``REPAIRS``.
+        schedule: Epochs, learning rate, batch size, seed.
+        progress: Called with 1 after every epoch.
+
+    Returns:
+        The mean loss of the last epoch (NaN without epochs).
+
+    Raises:
+        UsageError: Unknown method.
+    """
+    if method not in REPAIRS:
+        raise UsageError(f"unknown repair {method!r}", hint=f"one of {', '.join(REPAIRS)}")
+    loss_of = REPAIRS[method]
+    if not schedule.epochs:
+        return float("nan")
+    parameters = dict(model.named_parameters())
+    masks = {
+        parameters[name]: torch.tensor(list(index), device=parameters[name].device)
+        for name, index in zeroed.items()
+        if name in parameters and index
+    }
+    generator = torch.Generator().manual_seed(schedule.seed)
+    flags = {parameter: parameter.requires_grad for parameter in parameters.values()}
+    for parameter in flags:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(
+        parameters.values(), lr=schedule.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
+    steps = schedule.epochs * -(-len(images) // schedule.batch_size)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.lr, total_steps=max(steps, 2), pct_start=WARM_UP)
+    total = 0.0
+    with in_mode(model, False), in_mode(teacher, False):
+        for _ in range(schedule.epochs):
+            total = 0.0
+            for index in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
+                batch = augment(images[index], generator)
+                with torch.no_grad():
+                    answers = teacher(batch)
+                loss = loss_of(model(batch), labels[index], answers)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                cycle.step()
+                with torch.no_grad():
+                    for parameter, rows in masks.items():
+                        parameter[rows] = 0
+                total += float(loss.detach()) * len(index)
+            if progress:
+                progress(1)
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+    return total / len(images)

@@ -1,0 +1,91 @@
+"""Human output: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+class Bars:
+    """A rich progress bar per step, on stderr; finished steps stay as a line with their seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    @contextmanager
+    def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Show one step."""
+        if self._quiet:
+            yield lambda amount: None
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        counted = [BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()] if total else []
+        console = Console(stderr=True)
+        with Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description:<11}"),
+            *counted,
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as progress:
+            task = progress.add_task(name, total=total or 1)
+            yield (lambda amount: progress.advance(task, amount)) if total else (lambda amount: None)
+            progress.update(task, completed=total or 1)
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of at most 80 columns on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, width=min(console.width, 80))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Warnings on stderr."""
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def seconds_text(seconds: dict[str, float]) -> str:
+    """``load 0.4 s · trace 0.1 s · … · 9.2 s in all``."""
+    parts = [f"{name} {value:.1f}" for name, value in seconds.items()]
+    return "seconds: " + ", ".join(parts) + f"; {sum(seconds.values()):.1f} in all"
+
+
+def big(number: int) -> str:
+    """``1,594,266``."""
+    return f"{number:,}"
+
+
+def mega(size: int) -> str:
+    """Bytes as ``6.38 MB``."""
+    return f"{size / 1e6:.2f} MB"

@@ -1,0 +1,37 @@
+"""The app. Nothing heavy is imported before a command runs: ``bshub --help`` stays fast."""
+
+from __future__ import annotations
+
+import typer
+
+from bshub import __version__
+from bshub_cli.evaluate import evaluate
+from bshub_cli.sanitize import sanitize
+from bshub_cli.scan import scan
+
+app = typer.Typer(
+    name="bshub",
+    help="Find the filters of a CNN that could carry a backdoor, remove them, repair the network, prove the result.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bshub {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
+) -> None:
+    """Exit codes: 0 pass, 1 a check failed, 2 usage or runtime error, 3 inconclusive."""
+
+
+app.command()(sanitize)
+app.command()(scan)
+app.command()(evaluate)
