@@ -21,7 +21,7 @@ from bshub.intake.models import LoadedModel, load_model
 from bshub.pipeline import SanitizeResult, sanitize, scan
 from bshub.progress import Progress, Steps
 from bshub.release.artifact import WEIGHTS, write_json, write_model, write_report
-from bshub.release.card import model_card
+from bshub.release.card import model_card, shown_reference
 from bshub.release.onnx import export_onnx
 from bshub.settings import Settings
 
@@ -243,15 +243,22 @@ def _write(
         with steps.step("onnx"):
             parity = export_onnx(result.model, result.clean.images[:16].cpu(), folder / "model.onnx", metadata)
         report["onnx"] = {**parity.as_dict(), "bytes": (folder / "model.onnx").stat().st_size}
-    command = ["bshub", "sanitize", inputs.model]
-    command += ["--arch", inputs.arch] if inputs.arch else []
-    command += ["--clean-dir", "CLEAN_IMAGES"]
-    (folder / "README.md").write_text(
-        model_card(source, result.model, recipe, report, shlex.join(command)), encoding="utf-8"
-    )
+    command = _command(inputs, report["settings"])
+    (folder / "README.md").write_text(model_card(source, result.model, recipe, report, command), encoding="utf-8")
     keys = ("evaluation", "clean_images", "parameters", "macs", "bytes", "counts", "onnx")
     write_json(folder / "metrics.json", {key: report[key] for key in keys if key in report})
     write_report(folder, report)
+
+
+def _command(inputs: Inputs, settings: dict[str, Any]) -> str:
+    """The command line that makes the same artifact again: what differs from the defaults, paths left open."""
+    parts = ["bshub", "sanitize", shown_reference(inputs.model), "--clean-dir", "CLEAN_IMAGES"]
+    parts += ["--arch", inputs.arch] if inputs.arch else []
+    parts += ["--num-classes", str(inputs.num_classes)] if inputs.num_classes else []
+    for name, default in Settings().as_dict().items():
+        if settings[name] != default and name != "device":
+            parts += [f"--{name.replace('_', '-')}", str(settings[name])]
+    return shlex.join(parts)
 
 
 def _model_facts(source: LoadedModel, folder: ClassFolder | None) -> dict[str, Any]:

@@ -116,9 +116,9 @@ def evaluate_models(
             attacked += int(others.sum())
         for k, model in enumerate(models):
             right[k] += int((_answers(model, images) == labels).sum())
-            if stamped is not None:
+            if stamped is not None and target is not None:
                 answers = _answers(model, stamped)[others]
-                success[k] += int((answers == target).sum())
+                success[k] += int(torch.eq(answers, target).sum())
                 robust[k] += int((answers == labels[others]).sum())
         if progress:
             progress(len(images))

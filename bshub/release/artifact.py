@@ -27,6 +27,7 @@ def write_model(folder: Path, model: nn.Module, source: LoadedModel, recipe: Rec
     """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # the library writes it for the owner alone
     write_json(folder / "config.json", model_config(model, source, recipe))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -55,8 +56,13 @@ With torch and {{ library }} alone:
 {{ loader }}
 ```
 
-or `bshub.load("…").module`. Preprocessing: {{ preprocessing }}.
-{% if onnx %}
+or `bshub.load("…").module`. 
+
+Preprocessing:
+
+{% for key, value in preprocessing.items() -%}
+- {{ key }}: `{{ value }}`
+{% endfor -%}{% if onnx %}
 `model.onnx` takes normalised `images` of shape `[batch, {{ size }}]` and gives `logits`; it agrees with the torch
 model to {{ "%.1e"|format(onnx.error) }} of the largest logit.
 {% endif %}
@@ -126,14 +132,14 @@ def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: di
     evaluation = report.get("evaluation") or {}
     text = environment.from_string(TEMPLATE).render(
         name=escape(name),
-        reference=escape(origin.reference).replace("`", ""),
+        reference=escape(shown_reference(origin.reference)).replace("`", ""),
         report={**report, "warnings": [escape(warning) for warning in report["warnings"]]},
         counts=report["counts"],
         rows=_rows(report),
         asr=(evaluation.get("after") or {}).get("asr"),
         library=origin.architecture.library,
         loader=loader_text(origin.architecture.library, recipe.stem),
-        preprocessing=escape(source.preprocessing.config),
+        preprocessing=source.preprocessing.config,
         onnx=report.get("onnx"),
         size=", ".join(map(str, source.preprocessing.input_size)),
         command=printable(command, 2000).replace("```", ""),
@@ -185,6 +191,11 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for key, title in (("parameters", "parameters"), ("macs", "multiply-accumulates per image")):
         rows.append((title, f"{report[key]['before']:,}", f"{report[key]['after']:,}"))
     return rows
+
+
+def shown_reference(reference: str) -> str:
+    """A reference for a public page: of a local path only the last part, which says nothing of a machine."""
+    return Path(reference).name if Path(reference).exists() else reference
 
 
 def rate_text(rate: dict[str, Any]) -> str:
