@@ -83,7 +83,17 @@ class TriggerError(BshubError):
 
 
 class TraceError(BshubError):
-    """A model whose computation cannot be recorded."""
+    """A model whose computation cannot be recorded.
+
+    Args:
+        message: What went wrong, one line.
+        hint: What to do or type next.
+        module: Qualified name of the module that failed.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, module: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.module = module
 
 
 class SurgeryError(BshubError):

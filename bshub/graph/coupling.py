@@ -13,7 +13,7 @@ from torch import fx, nn
 from bshub.graph.call import Call, Result
 from bshub.graph.channels import Channels, Ints, Lane, Traveller
 from bshub.graph.rules import OP_RULES, refuse
-from bshub.graph.trace import Recording, record
+from bshub.graph.trace import Recording, overwritten, record
 
 BATCH_NORMS = {name for name, rule in OP_RULES.items() if rule is OP_RULES["native_batch_norm"]}
 
@@ -51,7 +51,9 @@ class ChannelFlow:
         pinned: Group → reason.
         convolutions: Every convolution run, in execution order.
         norms: Every batch norm run, in execution order.
-        widths: Module → variables of its output's channel axis (axis 1 of maps, the last of vectors).
+        widths_in: Module → variables of each channel axis of its inputs.
+        widths_out: Module → variables of each channel axis of its outputs.
+        widths_inside: Module → variables of each channel axis that its own operations make.
     """
 
     channels: Channels
@@ -59,7 +61,9 @@ class ChannelFlow:
     pinned: dict[int, str]
     convolutions: list[Produced]
     norms: list[Normalised]
-    widths: dict[str, Ints]
+    widths_in: dict[str, list[Ints]]
+    widths_out: dict[str, list[Ints]]
+    widths_inside: dict[str, list[Ints]]
 
 
 def follow_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[ChannelFlow, Recording]:
@@ -90,17 +94,35 @@ def solve(recordings: Sequence[Recording]) -> ChannelFlow:
     channels = Channels()
     convolutions: list[Produced] = []
     norms: list[Normalised] = []
-    widths: dict[str, Ints] = {}
+    widths_in: dict[str, list[Ints]] = {}
+    widths_out: dict[str, list[Ints]] = {}
+    widths_inside: dict[str, list[Ints]] = {}
     for recording in recordings:
         travellers = _walk(recording, channels, convolutions, norms)
-        for module, node in recording.outputs.items():
-            traveller = travellers[node]
-            if isinstance(traveller, Traveller) and len(traveller.shape) in (2, 4):
-                lane = traveller.lanes[1]
-                if lane is not None:
-                    widths.setdefault(module, lane.slots)
+        made: dict[str, list[fx.Node]] = {}
+        for node in recording.graph.nodes:
+            if node.op == "call_function" and node.target is not overwritten:
+                made.setdefault(node.meta["module"], []).append(node)
+        for nodes_of, widths in (
+            (recording.inputs, widths_in),
+            (recording.outputs, widths_out),
+            (made, widths_inside),
+        ):
+            _note_widths(nodes_of, travellers, widths)
     groups = channels.groups()
-    return ChannelFlow(channels, groups, channels.pinned(groups), convolutions, norms, widths)
+    return ChannelFlow(
+        channels, groups, channels.pinned(groups), convolutions, norms, widths_in, widths_out, widths_inside
+    )
+
+
+def _note_widths(
+    nodes_of: dict[str, list[fx.Node]], travellers: dict[fx.Node, Result], widths: dict[str, list[Ints]]
+) -> None:
+    for module, nodes in nodes_of.items():
+        for node in nodes:
+            result = travellers[node]
+            for traveller in result if isinstance(result, list) else [result]:
+                widths.setdefault(module, []).extend(lane.slots for lane in traveller.lanes if lane is not None)
 
 
 def _walk(
@@ -122,6 +144,8 @@ def _walk(
         elif node.op == "get_attr":
             constant = str(node.target).startswith("<")
             seen[node] = Traveller.plain(shape) if constant else channels.parameter(str(node.target), shape)
+        elif node.target is overwritten and not node.users:
+            seen[node] = Traveller.plain(shape)  # nobody looks at the old view again
         elif node.op == "output":
             for traveller in (item for arg in value(node.args) for item in (arg if isinstance(arg, list) else [arg])):
                 for lane in traveller.lanes:

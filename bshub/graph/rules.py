@@ -158,6 +158,24 @@ def group_norm(channels: Channels, call: Call) -> Result:
     return call.first(Traveller.plain(source.shape))
 
 
+def like(channels: Channels, call: Call) -> Traveller:
+    """A new tensor in the shape of another (a dropout mask): it only scales or fills, and takes the shape along."""
+    source = call.travellers()[0]
+    return Traveller(
+        call.shape, [lane and Lane(lane.slots, channels.gate(channels.new_values(len(lane)))) for lane in source.lanes]
+    )
+
+
+def plain(channels: Channels, call: Call) -> Result:
+    """A new tensor whose sizes stand in the call."""
+    return call.everything_plain()
+
+
+def divide(channels: Channels, call: Call) -> Traveller:
+    """Division by a number keeps zeros; by a tensor nothing is known."""
+    return same(channels, call) if len(call.travellers()) == 1 else elementwise(channels, call, "unknown")
+
+
 def refuse(channels: Channels, call: Call) -> Result:
     """Whatever has no rule keeps all channels it touches in place."""
     for traveller in call.travellers():
@@ -189,7 +207,7 @@ OP_RULES: dict[str, Rule] = {
     "maximum": add,
     "minimum": add,
     "mul": multiply,
-    "div": unknown,
+    "div": divide,
     "where": unknown,
     "pow": unknown,
     # element by element, f(0) = 0
@@ -215,6 +233,21 @@ OP_RULES: dict[str, Rule] = {
     "contiguous": same,
     "native_dropout": lambda channels, call: call.first(same(channels, call)),
     "bernoulli": same,
+    # new tensors
+    "empty_like": like,
+    "zeros_like": like,
+    "ones_like": like,
+    "rand_like": like,
+    "randn_like": like,
+    "empty": plain,
+    "new_empty": plain,
+    "new_zeros": plain,
+    "new_ones": plain,
+    "new_full": plain,
+    "zeros": plain,
+    "ones": plain,
+    "full": plain,
+    "arange": plain,
     # element by element, f(0) ≠ 0
     "sigmoid": gate,
     "hardsigmoid": gate,

@@ -173,19 +173,16 @@ def stack(channels: Channels, call: Call) -> Traveller:
 
 
 def split(channels: Channels, call: Call) -> Result:
-    """Consecutive parts. Equal parts must stay equal (code asks for their number); unequal ones stay."""
+    """Consecutive parts. Equal parts must stay equal (code asks for their number); unequal sizes are attributes."""
     source = call.args[0]
     axis = call.arg(2, call.kwargs.get("dim", 0)) % len(source.shape)
     sizes = [shape[axis] for shape in call.result_shape]
     lane = source.lanes[axis]
     starts = np.cumsum([0, *sizes])
     cut = [lane and lane.take(np.arange(a, b)) for a, b in pairwise(starts)]
-    if lane is not None:
-        if len(set(sizes)) == 1:
-            for part in cut[1:]:
-                channels.couple(cut[0], part)  # type: ignore[arg-type]
-        else:
-            channels.pin(lane, call.reason("cuts the channels into unequal parts"))
+    if lane is not None and len(set(sizes)) == 1:
+        for part in cut[1:]:
+            channels.couple(cut[0], part)  # type: ignore[arg-type]
     return [
         Traveller(shape, [part if k == axis else other for k, other in enumerate(source.lanes)])
         for shape, part in zip(call.result_shape, cut, strict=True)

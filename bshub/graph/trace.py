@@ -41,12 +41,14 @@ class Recording:
     Attributes:
         graph: The operations in execution order; ``get_attr`` targets are parameter and buffer names.
         training: Whether the model was in training mode.
-        outputs: Qualified module name → the node its (first tensor) output came from.
+        inputs: Qualified module name → the nodes of the tensors it was given.
+        outputs: Qualified module name → the nodes of the tensors it gave back.
     """
 
     graph: fx.Graph
     training: bool
-    outputs: dict[str, fx.Node] = field(repr=False)
+    inputs: dict[str, list[fx.Node]] = field(repr=False)
+    outputs: dict[str, list[fx.Node]] = field(repr=False)
 
     def parameters_used(self) -> set[str]:
         """Names of the parameters and buffers that some operation read."""
@@ -131,16 +133,21 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _following_modules(model: nn.Module, recorder: _Recorder, outputs: dict[str, fx.Node]) -> Iterator[None]:
+def _following_modules(
+    model: nn.Module, recorder: _Recorder, inputs: dict[str, list[fx.Node]], outputs: dict[str, list[fx.Node]]
+) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
 
+    def note(where: dict[str, list[fx.Node]], name: str, value: Any) -> None:
+        where.setdefault(name, []).extend(recorder.node_of(tensor) for tensor in _tensors(value))
+
     def enter(module: nn.Module, args: Any) -> None:
-        recorder.scope.append(names.get(id(module), recorder.scope[-1]))
+        name = names.get(id(module), recorder.scope[-1])
+        recorder.scope.append(name)
+        note(inputs, name, args)
 
     def leave(module: nn.Module, args: Any, result: Any) -> None:
-        name = recorder.scope.pop()
-        if isinstance(result, Tensor) and id(module) in names:
-            outputs[name] = recorder.node_of(result)
+        note(outputs, recorder.scope.pop(), result)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
@@ -194,8 +201,9 @@ def _record(model: nn.Module, input_size: tuple[int, int, int], training: bool, 
     images = torch.zeros(2, *input_size, device=device)  # two images: training-mode BN refuses one
     recorder = _Recorder(named)
     recorder.input(images)
-    outputs: dict[str, fx.Node] = {}
-    with in_mode(model, training), torch.no_grad(), _following_modules(model, recorder, outputs):
+    inputs: dict[str, list[fx.Node]] = {}
+    outputs: dict[str, list[fx.Node]] = {}
+    with in_mode(model, training), torch.no_grad(), _following_modules(model, recorder, inputs, outputs):
         state = torch.get_rng_state()
         try:
             with recorder:
@@ -205,11 +213,12 @@ def _record(model: nn.Module, input_size: tuple[int, int, int], training: bool, 
             raise TraceError(
                 f"the model's forward run fails at input size {tuple(input_size)}, in module {where!r}: {error}",
                 hint="check the input size and that the model takes one image tensor",
+                module=recorder.scope[-1],
             ) from error
         finally:
             torch.set_rng_state(state)
     recorder.graph.output(recorder._argument(_tensors(result)))
-    return Recording(recorder.graph, training, outputs)
+    return Recording(recorder.graph, training, inputs, outputs)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

@@ -100,11 +100,10 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
         except AttributeError:
             raise CheckpointError(f"the recipe names a module {module_name!r} that the network lacks") from None
         for name, value in attributes.items():
-            current = vars(module).get(name)
-            sound = type(current) is int and type(value) is int and 0 < value <= current
-            if not sound and not (name == "feature_info" and isinstance(current, list) and isinstance(value, list)):
+            if not _sound(name, vars(module).get(name), value):
                 raise CheckpointError(f"the recipe cannot set {module_name}.{name} to {value!r}")
-            setattr(module, name, value)
+            current = getattr(module, name)
+            setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
     for name in recipe.kept:
         owner, _, leaf = name.rpartition(".")
         try:
@@ -121,6 +120,16 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
             module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
         else:
             raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks")
+
+
+def _sound(name: str, current: Any, value: Any) -> bool:
+    """Whether a recipe may set an attribute: a width, or a list of widths, that does not grow."""
+    if type(current) is int:
+        return type(value) is int and 0 < value <= current
+    if name == "feature_info":
+        return isinstance(current, list) and isinstance(value, list)
+    sequences = isinstance(current, (list, tuple)) and isinstance(value, (list, tuple)) and len(current) == len(value)
+    return sequences and all(_sound("", old, new) for old, new in zip(current, value, strict=True))
 
 
 def _ranges(index: list[int]) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,9 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bshub.graph.coupling import ChannelFlow
 from bshub.scoring.plan import RemovalPlan
-
-# Names under which modules keep a width they do not own as a tensor.
-_WIDTH_NAME = re.compile(r"(channels|chs|features|planes|width|hidden_size|embed_dim)$")
+from bshub.surgery.mirrors import WIDTH_NAME, mirrored_attributes, settle
 
 
 def zero_silenced(model: nn.Module, plan: RemovalPlan) -> None:
@@ -35,13 +33,16 @@ def zero_columns(model: nn.Module, plan: RemovalPlan) -> None:
                 tensors[name].index_fill_(axis, torch.tensor(index, device=tensors[name].device), 0)
 
 
-def narrow(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow) -> dict[str, dict[str, Any]]:
+def narrow(
+    model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, input_size: tuple[int, int, int]
+) -> dict[str, dict[str, Any]]:
     """Remove the planned indices from every tensor, in place.
 
     Args:
         model: The network to shrink.
         plan: What leaves.
-        flow: The channels, for attributes that mirror the width of a module's output.
+        flow: The channels, for attributes that mirror a width.
+        input_size: ``(channels, height, width)``, for a trial run where an attribute has several candidates.
 
     Returns:
         Module → attribute → new value, for each plain attribute that had to follow.
@@ -61,16 +62,13 @@ def narrow(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow) -> dict[str, 
                         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
                     replaced[id(tensor)] = smaller  # type: ignore[assignment]
                 store[leaf] = replaced[id(tensor)]
-    changes: dict[str, dict[str, Any]] = {}
+    choices = mirrored_attributes(model, flow, _gone(plan, flow))
     for owner_name, shapes in old_shapes.items():
-        found = _own_attributes(model.get_submodule(owner_name), shapes)
+        found = {name: [value] for name, value in _own_attributes(model.get_submodule(owner_name), shapes).items()}
         if found:
-            changes[owner_name] = found
-    for module_name, found in _mirrored_attributes(model, plan, flow).items():
-        changes.setdefault(module_name, {}).update(found)
-    for module_name, attributes in changes.items():
-        vars(model.get_submodule(module_name)).update(attributes)
-    return changes
+            choices.setdefault(owner_name, {}).update(found)
+    settle(model, choices, input_size)
+    return {name: {key: values[0] for key, values in found.items()} for name, found in choices.items()}
 
 
 def _keep(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
@@ -102,40 +100,21 @@ def _own_attributes(module: nn.Module, old: dict[str, torch.Size]) -> dict[str, 
             now = getattr(module, leaf).shape
             for was, size in zip(shape, now, strict=True):
                 for attribute, value in vars(module).items():
-                    if type(value) is int and value == was != size and _WIDTH_NAME.search(attribute):
+                    if type(value) is int and value == was != size and WIDTH_NAME.search(attribute):
                         found[attribute] = size
     return {name: value for name, value in found.items() if getattr(module, name) != value}
 
 
-def _mirrored_attributes(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow) -> dict[str, dict[str, Any]]:
-    """Widths that containers remember: of their own output, or of a direct child's."""
-    gone = {int(flow.channels.axes[p][a][i]) for p, axes in plan.columns.items() for a, ix in axes.items() for i in ix}
-    gone_groups = {int(flow.groups[variable]) for variable in gone}
-    resized = {}
-    for module_name, slots in flow.widths.items():
-        left = sum(int(group) not in gone_groups for group in flow.groups[slots])
-        if left != len(slots):
-            resized[module_name] = (len(slots), left)
-    found: dict[str, dict[str, Any]] = {}
-    for name, (was, now) in resized.items():
-        for holder in {name, name.rpartition(".")[0]}:
-            module = model.get_submodule(holder)
-            if isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
-                continue
-            for attribute, value in vars(module).items():
-                if type(value) is int and value == was and _WIDTH_NAME.search(attribute):
-                    found.setdefault(holder, {})[attribute] = now
-    info = getattr(model, "feature_info", None)  # timm: one record per feature level
-    if isinstance(info, list) and all(isinstance(record, dict) for record in info):
-        renewed = [
-            {**record, "num_chs": resized[record["module"]][1]}
-            if record.get("module") in resized and resized[record["module"]][0] == record.get("num_chs")
-            else record
-            for record in info
-        ]
-        if renewed != info:
-            found.setdefault("", {})["feature_info"] = renewed
-    return found
+def _gone(plan: RemovalPlan, flow: ChannelFlow) -> np.ndarray:
+    """Whether each variable leaves: known from the axes that lose indices."""
+    leaving = np.zeros(flow.channels.variables, bool)
+    for name, axes in plan.kept.items():
+        for axis, kept in axes.items():
+            slots = flow.channels.axes[name][axis]
+            lost = np.ones(len(slots), bool)
+            lost[kept] = False
+            leaving[flow.groups[slots[lost]]] = True
+    return leaving[flow.groups]
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

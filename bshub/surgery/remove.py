@@ -87,7 +87,7 @@ def _attempt(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, images: Ten
     masked = silence(model, plan)
     small = copy.deepcopy(model).eval()
     zero_silenced(small, plan)
-    attributes = narrow(small, plan, flow)
+    attributes = narrow(small, plan, flow, (images.shape[1], images.shape[2], images.shape[3]))
     try:
         proof = compare(small, masked, images)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:

@@ -1,0 +1,137 @@
+"""Plain numbers in modules that mirror a width must follow it: ``in_channels``, ``split_sizes``, ``num_features``.
+
+Which numbers those are is read off the recorded run, not off any architecture: an integer attribute with the name
+of a width follows when it equals the old width of a channel axis that the module takes, makes or gives back, or
+that a direct child does, and that axis shrank. Where axes of one old width shrank differently there are several
+candidates; the likeliest is set first, and a forward run on tensors without data decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from bshub.errors import TraceError
+from bshub.graph.channels import Ints
+from bshub.graph.coupling import ChannelFlow
+from bshub.graph.trace import record
+
+# Names under which modules keep a width.
+WIDTH_NAME = re.compile(
+    r"(^|_)(c|ch|chs|channels?|dims?|features|planes|width|hidden|embed|splits?|chunks?|size)", re.I
+)
+MAX_TRIALS = 64
+
+Choices = dict[str, dict[str, list[Any]]]  # module → attribute → new values, the likeliest first
+
+
+def mirrored_attributes(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -> Choices:
+    """Candidates for the numbers that mirror a width.
+
+    Args:
+        model: The network, tensors already narrowed.
+        flow: The channels.
+        gone: Whether each variable leaves, ``[variables]``.
+
+    Returns:
+        Module → attribute → new values.
+    """
+    found: Choices = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
+            continue  # described by their own tensors
+        children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        taken = _resized(flow.widths_in, [name], gone)
+        given = _resized(flow.widths_out, [name], gone)
+        rest = [
+            *_resized(flow.widths_inside, [name], gone),
+            *_resized(flow.widths_out, children[::-1], gone),
+            *_resized(flow.widths_in, children[::-1], gone),
+        ]
+        if not (taken or given or rest):
+            continue
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or not WIDTH_NAME.search(attribute):
+                continue
+            sides = [taken, given] if attribute.startswith("in") else [given, taken]
+            candidates = _follow(value, [*sides[0], *sides[1], *rest])
+            if candidates:
+                found.setdefault(name, {})[attribute] = candidates
+    info = _feature_info(model, flow, gone)
+    if info is not None:
+        found.setdefault("", {})["feature_info"] = [info]
+    return found
+
+
+def settle(model: nn.Module, choices: Choices, input_size: tuple[int, int, int]) -> None:
+    """Set the attributes, in place; where the forward run fails, try the next candidate of the failing module.
+
+    ``choices`` is left with the chosen value in front of each list. A run that cannot be made to work is left to
+    the proof.
+    """
+    for name, attributes in choices.items():
+        for attribute, values in attributes.items():
+            setattr(model.get_submodule(name), attribute, values[0])
+    left = {(m, a): len(v) - 1 for m, attributes in choices.items() for a, v in attributes.items() if len(v) > 1}
+    for _ in range(MAX_TRIALS):
+        if not any(left.values()):
+            return
+        try:
+            record(model, input_size)
+            return
+        except TraceError as error:
+            if not _next_candidate(model, choices, left, error.module or ""):
+                return
+
+
+def _next_candidate(model: nn.Module, choices: Choices, left: dict[tuple[str, str], int], failing: str) -> bool:
+    """Advance one undecided attribute of the failing module or the nearest module around it."""
+    parts = failing.split(".") if failing else []
+    for depth in range(len(parts), -1, -1):
+        holder = ".".join(parts[:depth])
+        for (module, attribute), more in sorted(left.items()):
+            if module != holder or not more:
+                continue
+            values = choices[module][attribute]
+            values.append(values.pop(0))
+            setattr(model.get_submodule(module), attribute, values[0])
+            left[module, attribute] = more - 1
+            return True
+    return False
+
+
+def _resized(widths: dict[str, list[Ints]], modules: list[str], gone: np.ndarray) -> list[tuple[int, int]]:
+    """(old width, new width) of the axes at these modules, unless unchanged."""
+    pairs = [
+        (len(slots), int((~gone[slots]).sum())) for module in modules for slots in reversed(widths.get(module, []))
+    ]
+    return [(old, new) for old, new in dict.fromkeys(pairs) if old != new]
+
+
+def _follow(value: Any, known: list[tuple[int, int]]) -> list[Any]:
+    """New values for a width or a short list of widths; empty where nothing matches."""
+    if type(value) is int:
+        return list(dict.fromkeys(new for old, new in known if old == value))
+    if not (isinstance(value, (list, tuple)) and 0 < len(value) <= 8 and all(type(item) is int for item in value)):
+        return []
+    options = [_follow(item, known) or [item] for item in value]
+    combinations = itertools.islice(itertools.product(*options), MAX_TRIALS)
+    return [type(value)(combination) for combination in combinations if list(combination) != list(value)]
+
+
+def _feature_info(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -> list[dict[str, Any]] | None:
+    """timm's list of feature levels, one record each with ``num_chs`` and ``module``."""
+    info = getattr(model, "feature_info", None)
+    if not (isinstance(info, list) and all(isinstance(record, dict) for record in info)):
+        return None
+    renewed = []
+    for level in info:
+        known = dict(_resized(flow.widths_out, [str(level.get("module"))], gone))
+        renewed.append({**level, "num_chs": known.get(level["num_chs"], level["num_chs"])})
+    return renewed if renewed != info else None
