@@ -32,6 +32,7 @@ class CleanImages:
         self._rest = iter(loader)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._ahead: list[tuple[Tensor, Tensor]] = []
+        self._classes: int | None = None
         self.count = 0
         while self.count < MIN_IMAGES and self._advance():
             pass
@@ -41,24 +42,44 @@ class CleanImages:
             )
 
     def _advance(self) -> bool:
-        batch = next(self._rest, None)
-        if batch is None:
+        try:
+            batch = next(self._rest)
+        except StopIteration:
             return False
         try:
             images, labels = batch
             images, labels = images.to(self._device), labels.to(self._device)
+            images = images.float() if images.is_floating_point() else images
             sound = images.ndim == 4 and images.is_floating_point() and labels.shape == images.shape[:1]
         except (TypeError, ValueError, AttributeError):
             sound = False
         if not sound:
             raise UsageError("the loader must give (images [n, c, h, w] float, labels [n])")
+        if self._kept and images.shape[1:] != self._kept[0][0].shape[1:]:
+            raise UsageError(f"the images differ in size: {tuple(images.shape[1:])} after {self.input_size}")
         if not bool(torch.isfinite(images).all()):
             raise UsageError("the clean images contain NaN or infinite values")
+        self._check(labels)
         if self.count < KEPT_IMAGES:
             self._kept.append((images, labels.long()))
         self._ahead.append((images, labels.long()))
         self.count += len(images)
         return True
+
+    def expect(self, classes: int) -> None:
+        """Refuse labels that are no index of the model's ``classes`` outputs, those to come as well.
+
+        Raises:
+            UsageError: One is not.
+        """
+        self._classes = classes
+        self._check(self.labels)
+
+    def _check(self, labels: Tensor) -> None:
+        if self._classes is not None and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self._classes:
+                raise UsageError(f"the labels reach from {low} to {high}, but the model has {self._classes} classes")
 
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches, once."""

@@ -23,6 +23,7 @@ from bshub.progress import Progress, Steps
 from bshub.release.artifact import WEIGHTS, write_json, write_model, write_report
 from bshub.release.card import model_card, shown_reference
 from bshub.release.onnx import export_onnx
+from bshub.repair.finetune import find_repair
 from bshub.settings import Settings
 
 
@@ -78,6 +79,7 @@ def sanitize_to_folder(
     """
     if inputs.clean_dir is None:
         raise UsageError("sanitize needs clean images", hint="add --clean-dir DIR")
+    find_repair(settings.repair)
     if output is not None:
         check_output(output, overwrite)
     steps = Steps(progress)
@@ -87,6 +89,7 @@ def sanitize_to_folder(
         _check_target(trigger, source)
         clean = _folder(inputs.clean_dir, source)
         test = _folder(inputs.test_dir, source) if inputs.test_dir else None
+        _check_victims(trigger, test)
     batches = clean.batches(source.preprocessing, settings.batch_size)
     if output is None:
         diagnosis = scan(source.module, batches, settings, progress=steps)
@@ -151,6 +154,7 @@ def evaluate_reference(inputs: Inputs, settings: Settings, *, progress: Progress
         source = load_model(inputs.model, arch=inputs.arch, num_classes=inputs.num_classes)
         _check_target(trigger, source)
         test = _folder(inputs.test_dir, source)
+        _check_victims(trigger, test)
     (rates,) = _measure([source.module], test, source, trigger, settings, steps)
     return {"model": _model_facts(source, test), "evaluation": rates.as_dict(), "seconds": steps.seconds}
 
@@ -168,6 +172,14 @@ def _check_target(trigger: Trigger | None, source: LoadedModel) -> None:
         raise TriggerError(
             f"the trigger's target label {trigger.target} does not exist in a model with "
             f"{source.origin.num_classes} classes"
+        )
+
+
+def _check_victims(trigger: Trigger | None, test: ClassFolder | None) -> None:
+    if trigger is not None and test is not None and set(test.labels) == {trigger.target}:
+        raise UsageError(
+            "the test images are all of the trigger's target class: there is nothing to attack",
+            hint="give --test-dir images of other classes",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
@@ -102,6 +103,9 @@ def diagnose(
             "the model has no convolution followed by a batch norm: nothing can be examined",
             hint="bshub judges filters by their batch norm; networks without one are out of its reach",
         )
+    if clean is not None:
+        with torch.no_grad():
+            clean.expect(model(clean.images[:2]).shape[-1])
     name, warnings = settings.score, []
     if clean is None and SCORES.get(name, SCORES["bss"]).needs_images:
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from bshub.errors import OutputError
 
+MAX_NAME = 200  # bytes; the temporary folder and the lock have longer names
 MANIFEST = "bshub-report.json"  # written last; its presence says that a folder is a whole output of ours
 
 
@@ -27,8 +29,13 @@ def check_output(folder: Path, overwrite: bool) -> None:
     Raises:
         OutputError: It is a file, or not empty and not to be overwritten, or not an output of ours.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{folder} is not a folder", hint="choose another --output")
+    try:
+        if len(folder.name.encode()) > MAX_NAME:
+            raise OutputError(f"the name of {folder} is too long", hint="choose a shorter --output")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise OutputError(f"{folder} is not a folder", hint="choose another --output")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder} cannot be used: {error}", hint="choose another --output") from None
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -81,27 +88,38 @@ def output_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
 
 def _swap(temporary: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
+    replaced = folder.exists()
+    if replaced:
         folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaced:
+            old.rename(folder)
+        raise
+    if replaced:
+        _discard(old)
+
+
+def _discard(old: Path) -> None:
+    """Delete a replaced output under a name that the next run knows as litter, should this one be killed."""
+    litter = old.with_name(f"{old.name.removesuffix('.old')}.{os.getpid()}0.tmp")
+    old.rename(litter)
+    shutil.rmtree(litter, ignore_errors=True)
 
 
 def _clear_leftovers(folder: Path) -> None:
     """Mend what a killed run left: its temporary folders, or an old output that was just moved aside."""
     old = folder.with_name(f".{folder.name}.old")
-    if old.is_dir():
+    if (old / MANIFEST).is_file():  # anything else of that name is not ours
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
         else:
             old.rename(folder)
-    for leftover in folder.parent.glob(f".{glob_escape(folder.name)}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def glob_escape(name: str) -> str:
-    """A file name as a glob pattern that matches itself alone."""
-    return "".join(f"[{ch}]" if ch in "*?[" else ch for ch in name)
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
+    for leftover in folder.parent.iterdir():
+        if ours.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -16,7 +16,7 @@ from bshub.evaluation.metrics import clean_accuracy
 from bshub.graph.cost import count_macs
 from bshub.graph.trace import record
 from bshub.progress import Progress, Steps
-from bshub.repair.finetune import Schedule, repair
+from bshub.repair.finetune import Schedule, find_repair, repair
 from bshub.scoring.plan import RemovalPlan
 from bshub.settings import Settings
 from bshub.surgery.remove import Removal, remove
@@ -24,6 +24,8 @@ from bshub.surgery.remove import Removal, remove
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 PROOF_IMAGES = 16
+WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
+LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def sanitize(
     """Find suspicious filters with clean images, remove them, repair the network.
 
     Args:
-        model: Any CNN classifier with batch norm; it is not changed.
+        model: Any CNN classifier with batch norm; it is not changed. Half precision is worked on in float32.
         loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
         settings: Defaults otherwise.
         progress: Shows the steps.
@@ -69,15 +71,19 @@ def sanitize(
     settings = settings or Settings()
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
-    original = copy.deepcopy(model).to(device).eval()
+    find_repair(settings.repair)
+    original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device)
     diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
     with steps.step("surgery"):
         removal = remove(original, diagnosis.flow, diagnosis.pairing, _flagged(diagnosis), clean.images[:PROOF_IMAGES])
     small = removal.model
+    pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
+    warnings = list(diagnosis.warnings)
     repaired = bool(removal.plan.flagged) and settings.finetune_epochs > 0
     if repaired:
         schedule = Schedule(settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed)
+        before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         with steps.step("repair", settings.finetune_epochs) as advance:
             repair(
                 small,
@@ -89,8 +95,17 @@ def sanitize(
                 schedule,
                 progress=advance,
             )
-    after = clean_accuracy(small, clean.batches(settings.batch_size))
+        after = clean_accuracy(small, clean.batches(settings.batch_size))
+        if not _finite(small) or after.value < pruned.value - WORSE:
+            small.load_state_dict(before_repair)
+            repaired, after = False, pruned
+            warnings.append("the repair made the model worse and was undone: a lower --finetune-lr may help")
     assert diagnosis.clean_accuracy is not None
+    if after.value < diagnosis.clean_accuracy.value - LOST:
+        warnings.append(
+            f"accuracy on the clean images fell from {100 * diagnosis.clean_accuracy.value:.0f} to "
+            f"{100 * after.value:.0f} %: a higher --mu removes less"
+        )
     report = {
         "settings": settings.as_dict(),
         "diagnosis": diagnosis.as_dict(),
@@ -113,7 +128,7 @@ def sanitize(
             "after": count_macs(record(small, clean.input_size)),
         },
         "seconds": steps.seconds,
-        "warnings": list(diagnosis.warnings),
+        "warnings": warnings,
     }
     return SanitizeResult(small.cpu().eval(), removal.plan, report, removal, diagnosis, clean)
 
@@ -145,7 +160,7 @@ def scan(
     settings = settings or Settings()
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
-    original = copy.deepcopy(model).to(device).eval()
+    original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps)
@@ -153,6 +168,10 @@ def scan(
 
 def _flagged(diagnosis: Diagnosis) -> dict[str, Any]:
     return dict(diagnosis.plan.flagged)
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
 def _parameters(model: nn.Module) -> int:

@@ -37,16 +37,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; NaN is never a setting."""
-        if self.mu != "auto" and not (isinstance(self.mu, (int, float)) and math.isfinite(self.mu)):
-            raise UsageError(f"mu must be a number or 'auto', not {self.mu!r}")
-        if not (math.isfinite(self.budget) and 0 <= self.budget <= 100):
+        numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr}
+        numbers |= {} if self.mu == "auto" else {"mu": self.mu}  # type: ignore[dict-item]
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                kind = "a number or 'auto'" if name == "mu" else "a number"
+                raise UsageError(f"{name} must be {kind}, not {value!r}")
+        if not 0 <= self.budget <= 100:
             raise UsageError(f"budget is accuracy in points, 0 to 100, not {self.budget!r}")
-        if not (isinstance(self.finetune_epochs, int) and 0 <= self.finetune_epochs <= 10_000):
-            raise UsageError(f"finetune_epochs must be a whole number from 0 on, not {self.finetune_epochs!r}")
-        if not (math.isfinite(self.finetune_lr) and 0 < self.finetune_lr <= 10):
-            raise UsageError(f"finetune_lr must be positive, not {self.finetune_lr!r}")
-        if not (isinstance(self.batch_size, int) and self.batch_size >= 1):
-            raise UsageError(f"batch_size must be at least 1, not {self.batch_size!r}")
+        if not 0 < self.finetune_lr <= 10:
+            raise UsageError(f"finetune_lr must lie above 0 and not above 10, not {self.finetune_lr!r}")
+        for name, low, high in (("finetune_epochs", 0, 10_000), ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """For reports."""

@@ -10,7 +10,9 @@ import typer
 Model = Annotated[
     str,
     typer.Argument(
-        help="timm/NAME, torchvision/NAME, user/repo, a folder, or a weights file with --arch.", show_default=False
+        metavar="MODEL",
+        help="timm/NAME, torchvision/NAME, user/repo, a folder, or a weights file with --arch.",
+        show_default=False,
     ),
 ]
 Arch = Annotated[

@@ -6,12 +6,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from bshub.errors import OutputError
-from bshub.files import MANIFEST, check_output, glob_escape, output_folder, sha256
+from bshub.files import MANIFEST, check_output, output_folder, sha256
 
 posix = pytest.mark.skipif(os.name == "nt", reason="kills a child with a signal")
 
@@ -127,7 +128,6 @@ def test_two_runs_into_two_folders_do_not_meet(tmp_path: Path) -> None:
         assert two.is_dir()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: '.m.*.tmp' also matches the temporary folder of a run into 'm.x'")
 def test_a_run_into_m_spares_a_run_into_m_dot_x(tmp_path: Path) -> None:
     """``timm/resnet18`` and ``timm/resnet18.a1_in1k`` write side by side by default."""
     with output_folder(tmp_path / "m.x", False) as place:
@@ -146,7 +146,6 @@ def test_an_output_that_was_just_moved_aside_is_restored(tmp_path: Path) -> None
     assert beside(folder) == []
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the old output stays at .out.old when the second rename fails")
 def test_a_failed_swap_puts_the_old_output_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rename = tmp_path / "out", Path.rename
     write(folder, "old")
@@ -160,6 +159,15 @@ def test_a_failed_swap_puts_the_old_output_back(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OutputError):
         write(folder, "new", overwrite=True)
     assert text_of(folder) == "old"
+
+
+def test_somebody_elses_folder_that_looks_like_a_leftover_survives(tmp_path: Path) -> None:
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "mine").write_text("irreplaceable")
+    (tmp_path / "out").mkdir()
+    with suppress(OutputError):
+        write(tmp_path / "out")
+    assert (tmp_path / ".out.old" / "mine").read_text() == "irreplaceable"
 
 
 CHILD = """
@@ -220,7 +228,6 @@ def test_odd_names_are_folders_like_any_other(tmp_path: Path, name: str) -> None
     write(tmp_path / name, "again", overwrite=True)
     assert text_of(tmp_path / name) == "again"
     assert beside(tmp_path / name) == [".aXc.1.tmp"]
-    assert sorted(tmp_path.glob(glob_escape(name))) == [tmp_path / name]
 
 
 @posix
@@ -231,7 +238,6 @@ def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
 
 
 @posix
-@pytest.mark.xfail(strict=True, raises=OSError, reason="BUG: Path.exists raises ENAMETOOLONG")
 def test_a_name_that_is_far_too_long_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         check_output(tmp_path / ("a" * 300), False)

@@ -60,7 +60,7 @@ def gate(draw: Draw, width: int) -> Step:
 
 
 def shuffle(draw: Draw, width: int) -> Step:
-    return Shuffle(draw(st.sampled_from([g for g in (1, 2, 3) if width % g == 0]))), width
+    return Shuffle(draw(st.sampled_from([g for g in (1, 2) if width % g == 0]))), width
 
 
 def halves(draw: Draw, width: int) -> Step:

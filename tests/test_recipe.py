@@ -213,3 +213,19 @@ def test_a_replaced_stem_keeps_the_size_of_small_images() -> None:
     net = Net(model, 16)
     removal = net.remove_exactly(net.flags(0.4, 2))
     assert removal.refused == []
+
+
+def test_numbers_that_equal_a_width_by_chance_stay() -> None:
+    class Ceiling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ceiling = 8  # no real activation gets there, so the proof could not notice
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(max=self.ceiling)
+
+    tail = nn.Sequential(nn.Upsample(size=8), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(8, 5))
+    removal = Net(nn.Sequential(conv_bn(3, 8), Ceiling(), tail)).remove_exactly({"0.0": [1, 2, 6]})
+    assert removal.refused == []
+    assert removal.plan.removed == {"0.0": [1, 2, 6]}
+    assert (removal.model[1].ceiling, removal.model[2][0].size, removal.model[2][1].kernel_size) == (8, 8, 8)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bshub.errors import TriggerError
+from bshub.errors import InconclusiveError, TriggerError
 from bshub.graph.trace import in_mode
 
 Z95 = 1.959963984540054
@@ -47,13 +47,8 @@ class Rate:
 
     def as_dict(self) -> dict[str, Any]:
         """For reports, in percent."""
-        low, high = self.interval()
-        return {
-            "percent": round(100 * self.value, 2),
-            "low": round(100 * low, 2),
-            "high": round(100 * high, 2),
-            "n": self.n,
-        }
+        low, high = (round(100 * end, 2) for end in self.interval())
+        return {"percent": round(100 * self.value, 2) if self.n else None, "low": low, "high": high, "n": self.n}
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,7 @@ def evaluate_models(
 
     Raises:
         TriggerError: Triggered images without a target.
+        InconclusiveError: There are no images.
     """
     right = [0] * len(models)
     success, robust = list(right), list(right)
@@ -122,6 +118,8 @@ def evaluate_models(
                 robust[k] += int((answers == labels[others]).sum())
         if progress:
             progress(len(images))
+    if not n:
+        raise InconclusiveError("there is no test image: nothing was measured")
     return [
         Evaluation(
             Rate(right[k], n),

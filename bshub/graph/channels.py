@@ -70,19 +70,20 @@ class Channels:
     values: int = NO_VALUE + 1
     _edges: list[tuple[Ints, Ints]] = field(default_factory=list)
     _program: list[tuple[str, Ints, Sequence[Ints]]] = field(default_factory=list)
-    _gates: list[Ints] = field(default_factory=list)
+    _gates: list[tuple[int, int]] = field(default_factory=list)  # value id ranges, ascending
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Traveller:
         """The traveller of a parameter; its variables are made at first sight."""
         if name not in self.axes:
-            self.axes[name] = [self._new_variables(size) for size in shape]
+            self.axes[name] = [self.new_variables(size) for size in shape]
         lanes: list[Lane | None] = [
             Lane(slots, np.full(size, NO_VALUE)) if size > 1 else None
             for size, slots in zip(shape, self.axes[name], strict=True)
         ]
         return Traveller(shape, lanes)
 
-    def _new_variables(self, count: int) -> Ints:
+    def new_variables(self, count: int) -> Ints:
+        """``count`` variables of their own."""
         start, self.variables = self.variables, self.variables + count
         return np.arange(start, self.variables)
 
@@ -100,13 +101,16 @@ class Channels:
     def gate(self, values: Ints) -> Ints:
         """Value ids of a gate computed from ``values``: a factor that only scales another stream."""
         result = self.derive("offset", values)
-        self._gates.append(result)
+        self._gates.append((int(result[0]), int(result[-1]) + 1))
         return result
 
     def is_gate(self, values: Ints) -> bool:
         """Whether all of ``values`` are gates."""
-        gates = np.concatenate(self._gates) if self._gates else np.empty(0, np.int64)
-        return bool(np.isin(values, gates).all())
+        if not self._gates:
+            return False
+        starts, stops = np.array(self._gates).T
+        place = np.searchsorted(starts, values, side="right") - 1
+        return bool(((place >= 0) & (values < stops[place])).all())
 
     def couple(self, a: Lane, b: Lane) -> None:
         """Position ``i`` of both lanes leaves the network together."""

@@ -47,6 +47,8 @@ class ConvBN:
         values: Value ids of each filter's output, ``[runs, out_channels]`` (a shared module runs several times).
         readers: The batch norms.
         paired: Whether each filter has a batch norm, ``[out_channels]``.
+        rows: Whether filter ``o`` is row ``o`` of the weights (not so in a transposed convolution); only then can the
+            filter itself become zero, else its batch norm alone is silenced.
     """
 
     name: str
@@ -55,14 +57,19 @@ class ConvBN:
     values: Ints
     readers: tuple[Reader, ...]
     paired: np.ndarray
+    rows: bool
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """All pairs, in execution order, and a reason for every convolution without one."""
+    """All pairs, in execution order, and a reason for every convolution without one.
+
+    ``bare`` are convolutions whose filters no batch norm reads: never scored, but a plan may name them.
+    """
 
     pairs: tuple[ConvBN, ...]
     unpaired: dict[str, str]
+    bare: tuple[ConvBN, ...] = ()
 
     @property
     def filters(self) -> int:
@@ -80,10 +87,6 @@ def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
     Returns:
         The pairs; convolutions without a batch norm are listed with the reason.
     """
-    owner: dict[int, str] = {}  # first variable of a parameter's output axis → parameter
-    for parameter, axes in flow.channels.axes.items():
-        if axes and len(axes[0]):
-            owner[int(axes[0][0])] = parameter
     runs: dict[str, list[tuple[Ints, Ints]]] = {}
     unpaired: dict[str, str] = {}
     for conv in flow.convolutions:
@@ -95,6 +98,7 @@ def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
             continue
         runs.setdefault(module_name, []).append((conv.slots, conv.values))
     pairs: list[ConvBN] = []
+    bare: list[ConvBN] = []
     for module_name, seen in runs.items():
         values = np.stack([v for _, v in seen])  # (runs, out)
         readers = [reader for norm in flow.norms for row in values if (reader := _reader(norm, row))]
@@ -103,9 +107,15 @@ def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
             paired[reader.filters] = True
         if not readers:
             unpaired[module_name] = "no batch norm reads its filters directly"
-            continue
-        pairs.append(ConvBN(module_name, values.shape[1], seen[0][0], values, tuple(readers), paired))
-    return Pairing(tuple(pairs), unpaired)
+        module = model.get_submodule(module_name)
+        assert isinstance(module, _ConvNd)
+        rows = not module.transposed or module.weight.shape[1] == 1
+        found = ConvBN(module_name, values.shape[1], seen[0][0], values, tuple(readers), paired, rows)
+        if readers:
+            pairs.append(found)
+        elif rows:
+            bare.append(found)
+    return Pairing(tuple(pairs), unpaired, tuple(bare))
 
 
 def _reader(norm: Normalised, values: Ints) -> Reader | None:

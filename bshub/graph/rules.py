@@ -158,6 +158,19 @@ def group_norm(channels: Channels, call: Call) -> Result:
     return call.first(Traveller.plain(source.shape))
 
 
+def copy_(channels: Channels, call: Call) -> Result:
+    """``target.copy_(source)``: the source travels on; what the target carried before leaves together with it."""
+    target, source = call.args[0], call.args[1]
+    if source.shape != target.shape:
+        return refuse(channels, call)
+    for before, lane in zip(target.lanes, source.lanes, strict=True):
+        if before is not None and lane is not None:
+            channels.couple(before, lane)
+        elif before is not None or lane is not None:
+            channels.pin(before or lane, call.reason("meets an axis without channels"))
+    return Traveller(call.shape, list(source.lanes))
+
+
 def like(channels: Channels, call: Call) -> Traveller:
     """A new tensor in the shape of another (a dropout mask): it only scales or fills, and takes the shape along."""
     source = call.travellers()[0]
@@ -225,7 +238,7 @@ OP_RULES: dict[str, Rule] = {
     "abs": same,
     "neg": same,
     "clone": same,
-    "copy": same,
+    "copy": copy_,
     "detach": same,
     "alias": same,
     "lift_fresh": same,

@@ -142,10 +142,9 @@ def cat(channels: Channels, call: Call) -> Traveller:
 
 def _fixed(channels: Channels, call: Call, size: int) -> Lane:
     """Positions without channels among others that have them: variables of their own that stay."""
-    (slots,) = channels.parameter(f"<{size} fixed channels {channels.variables}>", (size,)).lanes
-    lane = slots or Lane(np.array([channels.variables - 1]), np.zeros(1, np.int64))
+    lane = Lane(channels.new_variables(size), channels.new_values(size))
     channels.pin(lane, call.reason("joins positions without channels"))
-    return Lane(lane.slots, channels.new_values(size))
+    return lane
 
 
 def _together(channels: Channels, call: Call, parts: list[Traveller], skip: int | None) -> list[Lane | None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bshub.errors import ImageDataError, printable
+from bshub.errors import ImageDataError, InconclusiveError, printable
 from bshub.intake.images import SUFFIXES, read_image
 
 QUOTA = 0.1  # share of unreadable images above which a folder is refused
@@ -43,6 +43,7 @@ class ClassFolder:
 
         Raises:
             ImageDataError: More than a tenth of the images (and more than one) cannot be read.
+            InconclusiveError: None can.
         """
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
@@ -56,6 +57,8 @@ class ClassFolder:
                     ) from None
                 continue
             yield image, label
+        if len(self.rejected) == len(self.paths):
+            raise InconclusiveError(f"no image under {self.root} can be read", hint="check the folder's files")
 
     def batches(self, transform: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``(images [n, 3, h, w] float, labels [n])`` in folder order, ``transform`` applied to each image."""
@@ -106,7 +109,8 @@ def open_folder(root: str | Path, num_classes: int, label_names: Sequence[str] |
     labels: list[int] = []
     real_root = root.resolve()
     for folder, index in zip(folders, indices, strict=True):
-        images = [p for p in sorted(folder.rglob("*")) if _is_image(p, real_root)]
+        inside = [p for p in sorted(folder.rglob("*")) if not any(map(_ignored, p.relative_to(root).parts))]
+        images = [p for p in inside if _is_image(p, real_root)]
         paths += images
         labels += [index] * len(images)
     if not paths:
@@ -121,17 +125,20 @@ def _ignored(name: str) -> bool:
 
 
 def _is_image(path: Path, root: Path) -> bool:
-    if path.suffix.lower() not in SUFFIXES or any(_ignored(part) for part in path.parts[-2:]):
+    if path.suffix.lower() not in SUFFIXES:
         return False
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
+    try:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            return False
+        return path.is_file()
+    except (OSError, RuntimeError):  # a link to itself
         return False
-    return path.is_file()
 
 
 def _refuse_twins(folders: Sequence[Path]) -> None:
     seen: dict[str, str] = {}
     for folder in folders:
-        key = unicodedata.normalize("NFC", folder.name).casefold()
+        key = _plain(folder.name).casefold()
         if key in seen:
             raise ImageDataError(f"two class folders differ only in spelling: {seen[key]!r} and {folder.name!r}")
         seen[key] = folder.name
@@ -139,8 +146,7 @@ def _refuse_twins(folders: Sequence[Path]) -> None:
 
 def _match(names: list[str], num_classes: int, label_names: Sequence[str] | None) -> tuple[list[int], str]:
     if label_names is not None and len(label_names) == num_classes:
-        known = {unicodedata.normalize("NFC", str(label)).casefold(): i for i, label in enumerate(label_names)}
-        found = [known.get(unicodedata.normalize("NFC", name).casefold()) for name in names]
+        found = [_find_label(name, label_names) for name in names]
         if all(index is not None for index in found):
             return [index for index in found if index is not None], "folder names matched to the model's labels"
     if all(re.fullmatch(r"\d{1,9}", name) for name in names):
@@ -159,6 +165,18 @@ def _match(names: list[str], num_classes: int, label_names: Sequence[str] | None
         f"{len(names)} class folders ({_some(names)}) do not fit a model with {num_classes} classes",
         hint="name the folders after the model's labels or their indices, or give one folder per class",
     )
+
+
+def _find_label(name: str, labels: Sequence[str]) -> int | None:
+    """Index of the label of this name: exact, or else the only one that differs in case alone."""
+    exact = [i for i, label in enumerate(labels) if _plain(label) == _plain(name)]
+    folded = [i for i, label in enumerate(labels) if _plain(label).casefold() == _plain(name).casefold()]
+    matches = exact or folded
+    return matches[0] if len(matches) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _some(names: Sequence[str]) -> str:

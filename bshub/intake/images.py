@@ -57,6 +57,7 @@ def _decode(image: Image.Image, path: Path) -> Tensor:
     if getattr(image, "n_frames", 1) > 1:
         raise ImageDataError(f"{path} is animated or has several pages")
     image.load()
+    image = ImageOps.exif_transpose(image)  # before any conversion, which would drop the orientation
     mode = image.mode
     if mode == "F":
         raise ImageDataError(f"{path} holds floating-point pixels; their range is unknown")
@@ -65,7 +66,6 @@ def _decode(image: Image.Image, path: Path) -> Tensor:
         if deep.min() < 0 or deep.max() > 65535:
             raise ImageDataError(f"{path} holds pixels outside 16 bits")
         image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, (255, 255, 255, 255))

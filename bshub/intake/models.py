@@ -165,6 +165,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         spec = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(spec, dict) or not isinstance(spec.get("architecture"), str):
             raise ValueError("it names no architecture")
+        if not isinstance(spec.get("pretrained_cfg") or {}, dict):
+            raise ValueError("its pretrained_cfg is not a table")
         return spec
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not a model's configuration: {error}") from None
@@ -282,7 +284,12 @@ def _loaded(
 ) -> LoadedModel:
     preprocessing = make_preprocessing(config, source)
     classes = count_classes(module, preprocessing.input_size)
-    names = tuple(str(label) for label in labels) if isinstance(labels, (list, tuple)) else None
+    # a lone surrogate could not be written to any file later
+    names = (
+        tuple(str(label).encode("utf-8", "replace").decode("utf-8") for label in labels)
+        if isinstance(labels, (list, tuple))
+        else None
+    )
     if names is not None and len(names) != classes:
         names = None
     return LoadedModel(module, preprocessing, names, Origin(text, wanted, classes, recipe, licence, base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,10 +61,17 @@ def make_preprocessing(config: dict[str, Any], source: str) -> Preprocessing:
         channels, height, width = (int(size) for size in clean["input_size"])
         if channels != 3 or not (0 < height <= 4096 and 0 < width <= 4096):
             raise ValueError(f"input size {clean['input_size']}")
-        if len(clean["mean"]) != 3 or len(clean["std"]) != 3 or min(clean["std"]) <= 0:
-            raise ValueError("mean and std need three numbers, std above zero")
+        numbers = [float(value) for value in (*clean["mean"], *clean["std"])]
+        if len(clean["mean"]) != 3 or len(clean["std"]) != 3 or not all(map(math.isfinite, numbers)):
+            raise ValueError("mean and std need three finite numbers each")
+        if min(clean["std"]) <= 0:
+            raise ValueError("std must lie above zero")
+        if not 0.1 <= float(clean.get("crop_pct", 1.0)) <= 1.0:
+            raise ValueError(f"crop_pct {clean['crop_pct']} is outside 0.1 to 1")
+        if clean.get("crop_mode", "center") not in ("center", "squash", "border"):
+            raise ValueError(f"unknown crop_mode {clean['crop_mode']!r}")
         return Preprocessing(clean, source, create_transform(**clean, is_training=False))
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
         raise ModelReferenceError(
             f"the preprocessing from {source} cannot be used: {type(error).__name__} {error}",
             hint="state it in the reference: --arch 'timm/NAME?input_size=32&mean=…&std=…'",

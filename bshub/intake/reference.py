@@ -80,10 +80,14 @@ def parse_reference(text: str) -> Reference:
         raise ModelReferenceError("the model reference is empty or has a zero byte")
     text = text.removeprefix("hf-hub:").removeprefix("local-dir:")
     library = text.partition("/")[0]
-    if library in ("timm", "torchvision") and not Path(text).exists():
+    try:
+        path = Path(text).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelReferenceError(f"{text!r} cannot be a path: {error}", hint="check the path") from None
+    if library in ("timm", "torchvision") and not exists:
         return Reference(text, architecture=parse_architecture(text))
-    path = Path(text).expanduser()
-    if path.exists():
+    if exists:
         return Reference(text, path=path)
     if text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".onnx"):
         raise ModelReferenceError(f"no file or folder at {text}", hint="check the path")

@@ -132,7 +132,7 @@ def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: di
     evaluation = report.get("evaluation") or {}
     text = environment.from_string(TEMPLATE).render(
         name=escape(name),
-        reference=escape(shown_reference(origin.reference)).replace("`", ""),
+        reference=re.sub(r"[^\w./:@?&=,+ -]", "_", shown_reference(origin.reference))[:300],
         report={**report, "warnings": [escape(warning) for warning in report["warnings"]]},
         counts=report["counts"],
         rows=_rows(report),

@@ -87,6 +87,17 @@ REPAIRS: dict[str, Loss] = {
 }
 
 
+def find_repair(name: str) -> Loss:
+    """Look a repair up.
+
+    Raises:
+        UsageError: There is no such repair.
+    """
+    if name not in REPAIRS:
+        raise UsageError(f"unknown repair {name!r}", hint=f"one of {', '.join(REPAIRS)}")
+    return REPAIRS[name]
+
+
 def repair(
     model: nn.Module,
     teacher: nn.Module,
@@ -116,9 +127,7 @@ def repair(
     Raises:
         UsageError: Unknown method.
     """
-    if method not in REPAIRS:
-        raise UsageError(f"unknown repair {method!r}", hint=f"one of {', '.join(REPAIRS)}")
-    loss_of = REPAIRS[method]
+    loss_of = find_repair(method)
     if not schedule.epochs:
         return float("nan")
     parameters = dict(model.named_parameters())

@@ -77,7 +77,7 @@ def make_plan(
         The plan.
     """
     channels, groups = flow.channels, flow.groups
-    pairs = {pair.name: pair for pair in pairing.pairs}
+    pairs = {pair.name: pair for pair in (*pairing.pairs, *pairing.bare)}
     marked = {name: np.unique(np.asarray(index, np.int64)) for name, index in flagged.items() if len(index)}
     silent = [values for name, index in marked.items() for values in _silent_values(pairs[name], index)]
     levels = channels.levels(np.concatenate(silent) if silent else np.empty(0, np.int64))
@@ -98,7 +98,7 @@ def make_plan(
     followers: dict[str, list[int]] = {}
     zeroed: dict[str, set[int]] = {}
     stays: dict[str, str] = {}
-    for pair in pairing.pairs:
+    for pair in pairs.values():
         chosen = np.zeros(pair.out_channels, bool)
         chosen[marked.get(pair.name, [])] = True
         out = gone[pair.slots]
@@ -108,7 +108,9 @@ def make_plan(
         if (chosen & ~out).any():
             _silence(pair, np.flatnonzero(chosen & ~out), zeroed)
             pins = {flow.pinned[g] for g in groups[pair.slots[chosen & ~out]].tolist() if g in flow.pinned}
-            stays[pair.name] = "; ".join(sorted(pins)) or "another branch writes or reads the same channel"
+            kept_back = any(int(group) in forbidden for group in groups[pair.slots[chosen & ~out]])
+            default = "removing it is not exact" if kept_back else "another branch writes or reads the same channel"
+            stays[pair.name] = "; ".join(sorted(pins)) or default
     return RemovalPlan(
         flagged={name: index.tolist() for name, index in marked.items()},
         removed=removed,
@@ -124,7 +126,7 @@ def make_plan(
 def _silent_values(pair: ConvBN, filters: Ints) -> list[Ints]:
     """Value ids that are zero once the filters and their batch norm are: conv outputs and norm outputs."""
     after = [reader.norm.outputs[reader.channels[np.isin(reader.filters, filters)]] for reader in pair.readers]
-    return [pair.values[:, filters].ravel(), *after]
+    return [pair.values[:, filters].ravel(), *after] if pair.rows else after
 
 
 def _keep_last(flow: ChannelFlow, leaving: np.ndarray) -> None:
@@ -159,7 +161,8 @@ def _cuts(
 
 
 def _silence(pair: ConvBN, filters: Ints, zeroed: dict[str, set[int]]) -> None:
-    zeroed.setdefault(f"{pair.name}.weight", set()).update(filters.tolist())
+    if pair.rows:
+        zeroed.setdefault(f"{pair.name}.weight", set()).update(filters.tolist())
     zeroed.setdefault(f"{pair.name}.bias", set()).update(filters.tolist())
     for reader in pair.readers:
         hit = reader.channels[np.isin(reader.filters, filters)].tolist()

@@ -16,6 +16,7 @@ from bshub.graph.channels import Ints
 from bshub.graph.pairs import ConvBN
 
 MU_HIGH, MU_LOW, MU_STEP = 6.0, 1.0, 0.25
+MU_NOTHING = 1e6  # flags nothing: a score lies at most √(n - 1) deviations above the mean of n
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def choose_mu(
     curve = tuple((mu, *tried[mu]) for mu in sorted(tried, reverse=True))
     if best is math.inf:
         return Threshold(
-            MU_HIGH + 1, f"even μ = {MU_HIGH:g} costs more than {budget:g} points: nothing is pruned", curve
+            MU_NOTHING, f"even μ = {MU_HIGH:g} costs more than {budget:g} points: nothing is pruned", curve
         )
     return Threshold(
         best, f"the lowest μ whose pruned model loses at most {budget:g} points on the clean images", curve

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bshub.errors import InconclusiveError
 from bshub.graph.pairs import ConvBN, Pairing
 from bshub.graph.trace import in_mode
 
@@ -72,11 +73,17 @@ def measure(
 
     Returns:
         Convolution → statistics.
+
+    Raises:
+        InconclusiveError: A weight is NaN or infinite.
     """
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InconclusiveError(f"the weights cannot be judged: {name!r} holds NaN or infinite values")
     affines = {pair.name: affine_of(pair, named) for pair in pairing.pairs}
     spectral = {
-        pair.name: (filter_norms(named[f"{pair.name}.weight"]) * affines[pair.name].scale.abs()).cpu()
+        pair.name: (filter_norms(_filters(model, pair.name)) * affines[pair.name].scale.abs()).cpu()
         for pair in pairing.pairs
     }
     if batches is None:
@@ -86,13 +93,23 @@ def measure(
     return {
         pair.name: PairStatistics(
             spectral=spectral[pair.name],
-            saliency=gradients[pair.name].flatten(1).abs().mean(1).div(max(count, 1)).cpu(),
+            saliency=_filters(model, pair.name, gradients[pair.name]).flatten(1).abs().mean(1).div(max(count, 1)).cpu(),
             activation=streams[pair.name].activation(),
             correlation=streams[pair.name].correlation(),
             bn_shift=streams[pair.name].bn_shift(count),
         )
         for pair in pairing.pairs
     }
+
+
+def _filters(model: nn.Module, name: str, like_weight: Tensor | None = None) -> Tensor:
+    """A convolution's weights (or their gradient) with one filter per row, ``(out, in/groups, *kernel)``."""
+    module: Any = model.get_submodule(name)
+    weight = module.weight.detach() if like_weight is None else like_weight
+    if not module.transposed:
+        return weight
+    rows = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # (groups, out/groups, in/groups, *kernel)
+    return rows.flatten(0, 1)
 
 
 def filter_norms(weight: Tensor) -> Tensor:

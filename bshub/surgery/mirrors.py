@@ -24,7 +24,7 @@ from bshub.graph.trace import record
 
 # Names under which modules keep a width.
 WIDTH_NAME = re.compile(
-    r"(^|_)(c|ch|chs|channels?|dims?|features|planes|width|hidden|embed|splits?|chunks?|size)", re.I
+    r"(^|_)(ch|chs|chans?|channels?|dims?|features|planes|widths?|hidden_size|splits?|split_sizes?|chunks?)(_\w+)?$"
 )
 MAX_TRIALS = 64
 
@@ -44,8 +44,8 @@ def mirrored_attributes(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -
     """
     found: Choices = {}
     for name, module in model.named_modules():
-        if isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
-            continue  # described by their own tensors
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
+            continue  # described by their own tensors, or by numbers that mean space
         children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
         taken = _resized(flow.widths_in, [name], gone)
         given = _resized(flow.widths_out, [name], gone)
@@ -107,22 +107,23 @@ def _next_candidate(model: nn.Module, choices: Choices, left: dict[tuple[str, st
 
 
 def _resized(widths: dict[str, list[Ints]], modules: list[str], gone: np.ndarray) -> list[tuple[int, int]]:
-    """(old width, new width) of the axes at these modules, unless unchanged."""
+    """(old width, new width) of the axes at these modules; an axis that kept its width counts too."""
     pairs = [
         (len(slots), int((~gone[slots]).sum())) for module in modules for slots in reversed(widths.get(module, []))
     ]
-    return [(old, new) for old, new in dict.fromkeys(pairs) if old != new]
+    return list(dict.fromkeys(pairs))
 
 
 def _follow(value: Any, known: list[tuple[int, int]]) -> list[Any]:
-    """New values for a width or a short list of widths; empty where nothing matches."""
+    """Candidates for a width or a short list of widths; empty where it can only stay."""
     if type(value) is int:
-        return list(dict.fromkeys(new for old, new in known if old == value))
+        found = list(dict.fromkeys(new for old, new in known if old == value))
+        return found if found != [value] else []
     if not (isinstance(value, (list, tuple)) and 0 < len(value) <= 8 and all(type(item) is int for item in value)):
         return []
     options = [_follow(item, known) or [item] for item in value]
-    combinations = itertools.islice(itertools.product(*options), MAX_TRIALS)
-    return [type(value)(combination) for combination in combinations if list(combination) != list(value)]
+    lists = [type(value)(items) for items in itertools.islice(itertools.product(*options), MAX_TRIALS)]
+    return lists if lists != [value] else []
 
 
 def _feature_info(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -> list[dict[str, Any]] | None:

@@ -67,8 +67,14 @@ def narrow(
         found = {name: [value] for name, value in _own_attributes(model.get_submodule(owner_name), shapes).items()}
         if found:
             choices.setdefault(owner_name, {}).update(found)
+    before = {name: {key: vars(model.get_submodule(name)).get(key) for key in found} for name, found in choices.items()}
     settle(model, choices, input_size)
-    return {name: {key: values[0] for key, values in found.items()} for name, found in choices.items()}
+    changes = {name: _changed(found, before[name]) for name, found in choices.items()}
+    return {name: found for name, found in changes.items() if found}
+
+
+def _changed(found: dict[str, list[Any]], before: dict[str, Any]) -> dict[str, Any]:
+    return {key: values[0] for key, values in found.items() if values[0] != before[key]}
 
 
 def _keep(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:

@@ -74,8 +74,12 @@ def remove(
     if attempt is not None:
         return attempt
     blocks = _blocks(flow, plan)
-    guilty = _bisect(model, flow, pairing, flagged, images, blocks, set().union(*blocks))
-    plan = make_plan(flow, pairing, flagged, frozenset(guilty))
+    # Everything flagged but not in a block was kept as the last of its axis: it stays so whatever is forbidden.
+    slots = {conv.name: conv.slots for conv in (*pairing.pairs, *pairing.bare)}
+    touched = {int(g) for name, index in flagged.items() for g in flow.groups[slots[name][np.asarray(index, np.int64)]]}
+    allowed = set().union(*blocks)
+    guilty = _bisect(model, flow, pairing, flagged, images, blocks, touched)
+    plan = make_plan(flow, pairing, flagged, frozenset(touched - (allowed - guilty)))
     attempt, again = _attempt(model, plan, flow, images)
     if attempt is None:
         raise SurgeryError(f"the narrowed model does not compute what the masked one does: {again}")

@@ -90,7 +90,7 @@ def choose(flow: ChannelFlow, pairing: Pairing) -> dict[str, np.ndarray]:
     """Whole coupling groups at random, so that a share of every layer can leave physically."""
     generator = np.random.default_rng(0)
     writers: dict[int, list[tuple[str, int]]] = {}
-    for pair in pairing.pairs:
+    for pair in (*pairing.pairs, *pairing.bare):
         for index, group in enumerate(flow.groups[pair.slots].tolist()):
             writers.setdefault(group, []).append((pair.name, index))
     flagged: dict[str, list[int]] = {}
@@ -182,9 +182,7 @@ def probe(reference: str, with_onnx: bool) -> dict[str, Any]:
         folder = Path(name)
         row["rebuilt"] = attempt(row, "rebuilt", lambda: rebuilt(reference, removal, images, folder))
         if with_onnx:
-            row["onnx"] = attempt(
-                row, "onnx", lambda: export_onnx(removal.model, images, folder / "model.onnx").holds
-            )
+            row["onnx"] = attempt(row, "onnx", lambda: export_onnx(removal.model, images, folder / "model.onnx").holds)
     return row
 
 

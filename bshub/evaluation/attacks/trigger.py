@@ -98,11 +98,11 @@ def load_trigger(path: str | Path) -> Trigger:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TriggerError(f"no trigger file at {path}", hint="check the path") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TriggerError(f"{path} is not a readable JSON file: {error}") from None
     try:
         return _parse(spec, path.parent)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise TriggerError(
             f"{path} does not describe a trigger: {type(error).__name__} {error}",
             hint=f"a trigger needs kind ({', '.join(TRIGGERS)}), target, size and its kind's numbers",
@@ -110,8 +110,10 @@ def load_trigger(path: str | Path) -> Trigger:
 
 
 def _parse(spec: dict[str, Any], folder: Path) -> Trigger:
-    kind, target = spec["kind"], int(spec["target"])
+    kind, target = spec["kind"], spec["target"]
     height, width = (int(side) for side in spec["size"])
+    if type(target) is not int:
+        raise ValueError("target must be the index of a label")
     if kind not in TRIGGERS:
         raise ValueError(f"unknown kind {kind!r}")
     if not (0 < height <= 4096 and 0 < width <= 4096 and target >= 0):

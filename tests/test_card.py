@@ -1,0 +1,185 @@
+"""The model card: its front matter, its rates, and the loader text that is executed here as it stands."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEMO, Artifact
+from huggingface_hub import ModelCard
+
+import bshub
+from bshub.intake.models import LoadedModel
+from bshub.release.card import escape, loader_text, model_card, rate_text
+
+HOSTILE = "<script>alert(1)</script> [x](javascript:1) ![i](http://evil) `code` **b** # h | t\n---\nlicense: mit\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    return bshub.load(str(DEMO / "model"))
+
+
+@pytest.fixture(scope="module")
+def text(artifact: Artifact) -> str:
+    return (artifact.folder / "README.md").read_text(encoding="utf-8")
+
+
+def render(source: LoadedModel, report: dict[str, Any], command: str = "bshub sanitize x") -> str:
+    return model_card(source, source.module, source.origin.recipe, report, command)
+
+
+def code(text: str) -> str:
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == 1
+    return found[0]
+
+
+def test_front_matter_is_read_by_the_hubs_own_parser(text: str, artifact: Artifact) -> None:
+    data = ModelCard(text).data
+    assert data.library_name == "timm"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "apache-2.0"
+    assert "bshub" in data.tags
+    (result,) = data.eval_results
+    assert result.metric_type == "accuracy"
+    assert result.metric_value == pytest.approx(artifact.report["evaluation"]["after"]["accuracy"]["percent"] / 100)
+    assert "model-index" in data.to_dict()
+
+
+def test_no_markup_is_left_over_and_nothing_is_undefined(text: str) -> None:
+    assert not re.search(r"{{|}}|{%|%}|\bNone\b|\bnan\b|Undefined", text.split("```python")[0])
+    assert text.endswith("\n")
+
+
+def test_the_rates_of_the_report_stand_in_the_table(text: str, artifact: Artifact) -> None:
+    evaluation = artifact.report["evaluation"]
+    for when in ("before", "after"):
+        for key in ("accuracy", "asr", "ra"):
+            assert rate_text(evaluation[when][key]) in text
+    assert rate_text({"percent": 83.44, "low": 80.91, "high": 85.6, "n": 1000}) == "83.4 [80.9, 85.6] n=1000"
+    assert f"{artifact.report['parameters']['after']:,}" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {4}
+
+
+LOADER = """
+import sys
+sys.modules["bshub"] = None  # torch and timm alone
+import torch
+source = open(sys.argv[1], encoding="utf-8").read()
+space = {}
+exec(compile(source, "card", "exec"), space)
+model = space["model"]
+assert not any(module.training for module in model.modules())
+torch.manual_seed(0)
+with torch.no_grad():
+    torch.save(model(torch.randn(4, 3, 64, 64)), sys.argv[2])
+"""
+
+
+def test_the_printed_loader_gives_the_same_logits_bit_for_bit(
+    text: str, artifact: Artifact, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    (tmp_path / "loader.py").write_text(code(text), encoding="utf-8")
+    child = subprocess.run(
+        [sys.executable, "-c", LOADER, tmp_path / "loader.py", tmp_path / "logits.pt"],
+        cwd=artifact.folder, env=child_environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    model = bshub.load(str(artifact.folder)).module
+    torch.manual_seed(0)
+    images, threads = torch.randn(4, 3, 64, 64), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            wanted = model(images)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), wanted)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_the_loader_is_short_and_is_python(library: str) -> None:
+    plain, cifar = loader_text(library, None), loader_text(library, "cifar")
+    assert len(plain.splitlines()) <= 15
+    assert max(map(len, cifar.splitlines())) <= 120
+    for source in (plain, cifar):
+        compile(source, "loader", "exec")
+        assert "bshub" not in re.findall(r"^(?:from|import) (.*)$", source, re.MULTILINE)
+
+
+def test_the_loader_of_a_cifar_stem_builds_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_test_images: Path
+) -> None:
+    """A file of weights with ``stem=cifar``, sanitized, loaded by the card's own lines."""
+    import timm
+    from conftest import bshub_command
+    from nets import randomize_batch_norm
+    from safetensors.torch import save_file
+
+    from bshub.intake.recipe import replace_stem
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=10, channels=[8, 8, 16, 16])
+    replace_stem(model)
+    save_file(randomize_batch_norm(model).state_dict(), tmp_path / "w.safetensors")
+    result = bshub_command(
+        "sanitize", tmp_path / "w.safetensors", "--clean-dir", few_test_images, "-o", tmp_path / "out", "--mu", 1.5,
+        "--arch", "timm/resnet18?num_classes=10&stem=cifar&channels=8,8,16,16&input_size=32", "--no-onnx", "--json",
+        "--finetune-epochs", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["counts"]["removed"] > 0
+    monkeypatch.chdir(tmp_path / "out")
+    space: dict[str, Any] = {}
+    exec(code((tmp_path / "out" / "README.md").read_text(encoding="utf-8")), space)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(space["model"](x), bshub.load(".").module(x))
+
+
+def test_hostile_reference_labels_licence_and_warnings_are_text(source: LoadedModel, artifact: Artifact) -> None:
+    origin = replace(source.origin, reference=HOSTILE, base_model=HOSTILE, licence=HOSTILE)
+    report = copy.deepcopy(artifact.report)
+    report["warnings"] = [HOSTILE]
+    text = render(replace(source, origin=origin, labels=(HOSTILE,) * 10), report, f"bshub sanitize '{HOSTILE}' ``` x")
+    body = text.split("\n---\n", 1)[1].split("## How to make it")[0]
+    for mark in (r"<script", r"\]\(javascript", r"!\["):
+        assert not re.search(rf"(?<!\\){mark}", body), mark
+    assert not re.search(r"(?<!\\)\*\*b", body)
+    assert not re.search(r"^---$|^license:|^# h", body, re.MULTILINE)
+    assert "\x1b" not in text
+    assert text.count("```") == 4
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in body.splitlines() if line.startswith("|"))
+    data = ModelCard(text).data
+    assert (data.license, data.base_model) == (HOSTILE, HOSTILE)
+
+
+@pytest.mark.parametrize("mark", list("\\`*_{}[]<>()#+!|~"))
+def test_escape_takes_the_meaning_from_every_mark(mark: str) -> None:
+    assert escape(f"a{mark}b") == f"a\\{mark}b"
+
+
+def test_a_reference_is_shown_as_it_is_typed(source: LoadedModel, artifact: Artifact) -> None:
+    text = render(replace(source, origin=replace(source.origin, reference="timm/resnet18.a1_in1k")), artifact.report)
+    assert "`timm/resnet18.a1_in1k`" in text
+
+
+def test_without_licence_trigger_or_test_images_nothing_is_invented(source: LoadedModel, artifact: Artifact) -> None:
+    report = {key: value for key, value in artifact.report.items() if key != "evaluation"}
+    text = render(replace(source, origin=replace(source.origin, licence=None, base_model=None)), report)
+    data = ModelCard(text).data
+    assert data.license is None
+    assert data.base_model is None
+    assert data.eval_results is None
+    assert "attack success rate |" not in text
+    assert "No trigger was known" in text
