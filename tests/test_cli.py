@@ -215,15 +215,14 @@ LATE: dict[str, tuple[int, str, list[str]]] = {
                 "--finetune-epochs", "0"],
     ),
     "broken test dir": (
-        3, "no image under", ["{model}", "--clean-dir", "{clean}", "--test-dir", "{broken}", "--no-onnx", "--finetune-epochs", "0"],
+        3, "no image under", ["{model}", "--clean-dir", "{clean}", "--test-dir", "{broken}", "--no-onnx",
+                              "--finetune-epochs", "0"],
     ),
     "unknown repair": (2, "unknown repair", ["{model}", "--clean-dir", "{clean}", "--repair", "x", "--dry-run"]),
     "large seed": (2, "seed", ["{model}", "--clean-dir", "{clean}", "--seed", str(2**70), "--no-onnx"]),
     "long output": (2, "", ["{model}", "--clean-dir", "{clean}", "-o", "o" * 300]),
 }  # fmt: skip
-CASES = [pytest.param(*case, id=name) for name, case in REFUSALS.items()] + [
-    pytest.param(*case, id=name) for name, case in LATE.items()
-]
+CASES = [pytest.param(*case, id=name) for name, case in {**REFUSALS, **LATE}.items()]
 
 
 @pytest.mark.parametrize(("code", "said", "arguments"), CASES)
