@@ -170,3 +170,11 @@ def test_augment_is_seeded_and_moves_by_no_more_than_a_sixteenth() -> None:
     assert shifts.max() <= 64 * SHIFT
     rising = first[:, 0, 0, 33] > first[:, 0, 0, 32]
     assert 10 < int(rising.sum()) < 40  # about half are flipped
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(4, 1), (4, 10), (12, 10), (33, 1)])
+def test_a_few_images_and_a_few_epochs_are_enough(images: int, epochs: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
+    batch, labels = torch.randn(images, 3, 8, 8), torch.arange(images) % 3
+    schedule = Schedule(epochs=epochs, lr=0.002, batch_size=32, seed=0)
+    assert math.isfinite(repair(model, copy.deepcopy(model), batch, labels, {}, "distil", schedule))

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from bshub.graph.call import Call, Result
 from bshub.graph.channels import Channels, Ints, Lane, Traveller
-from bshub.graph.rules import OP_RULES, refuse
+from bshub.graph.rules import OP_RULES
+from bshub.graph.rules_elementwise import refuse
 from bshub.graph.trace import Recording, overwritten, record
 
 BATCH_NORMS = {name for name, rule in OP_RULES.items() if rule is OP_RULES["native_batch_norm"]}

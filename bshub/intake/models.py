@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bshub.errors import BshubError, CheckpointError, ModelReferenceError
+from bshub.errors import CheckpointError, ModelReferenceError
+from bshub.intake.build import build
 from bshub.intake.checkpoint import read_checkpoint
 from bshub.intake.hub import fetch, fetch_url, split_reference
 from bshub.intake.loading import load_into
-from bshub.intake.preprocessing import Preprocessing, make_preprocessing, override, torchvision_config
-from bshub.intake.recipe import Recipe, apply_recipe, replace_stem
+from bshub.intake.preprocessing import Preprocessing, make_preprocessing, override
+from bshub.intake.recipe import Recipe, apply_recipe
 from bshub.intake.reference import FORBIDDEN_ARGUMENTS, Architecture, Reference, parse_architecture, parse_reference
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -84,7 +84,7 @@ def load_model(reference: str, *, arch: str | None = None, num_classes: int | No
 
 def _from_library(wanted: Architecture, text: str, num_classes: int | None) -> LoadedModel:
     """timm's or torchvision's own pretrained weights, fetched as a file and admitted like any other."""
-    module, config, weights = _build(wanted, _classes(wanted, num_classes), want_weights=True)
+    module, config, weights = build(wanted, _classes(wanted, num_classes), want_weights=True)
     if isinstance(weights, str):
         path = fetch_url(weights, Path(torch.hub.get_dir()) / "checkpoints")  # noqa: TID251 - only its cache path
         licence, base = None, None
@@ -106,7 +106,7 @@ def _from_library(wanted: Architecture, text: str, num_classes: int | None) -> L
 
 def _from_file(path: Path, wanted: Architecture, text: str, num_classes: int | None) -> LoadedModel:
     """A file of weights with a stated architecture."""
-    module, config, _ = _build(wanted, _classes(wanted, num_classes))
+    module, config, _ = build(wanted, _classes(wanted, num_classes))
     load_into(module, read_checkpoint(path), origin=text)
     return _loaded(
         module, wanted, text, config, f"--arch ({wanted.library})", None, Recipe(stem=wanted.stem), None, None
@@ -135,7 +135,7 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     recipe = Recipe.from_json(spec.get("bshub") or {})
     stem = recipe.stem or wanted.stem
     classes = num_classes or spec.get("num_classes") or (spec.get("pretrained_cfg") or {}).get("num_classes")
-    module, config, _ = _build(wanted, _classes(wanted, classes), stem=stem)
+    module, config, _ = build(wanted, _classes(wanted, classes), stem=stem)
     state = read_checkpoint(weights_path)
     apply_recipe(module, recipe, state)
     load_into(module, state, origin=parsed.text)
@@ -184,78 +184,6 @@ def _architecture_of(spec: dict[str, Any]) -> Architecture:
 
 def _classes(wanted: Architecture, num_classes: int | None) -> int | None:
     return wanted.arguments.get("num_classes", num_classes)
-
-
-def _build(
-    wanted: Architecture, num_classes: int | None, *, stem: str | None = None, want_weights: bool = False
-) -> tuple[nn.Module, dict[str, Any], Any]:
-    """Build the network without weights; returns it, its data config and where its own weights are."""
-    arguments = {key: value for key, value in wanted.arguments.items() if key != "num_classes"}
-    if num_classes is not None:
-        arguments["num_classes"] = num_classes
-    try:
-        if wanted.library == "timm":
-            module, config, weights = _build_timm(wanted, arguments)
-        else:
-            module, config, weights = _build_torchvision(wanted, arguments, want_weights)
-    except BshubError:
-        raise
-    except Exception as error:  # constructors raise anything for arguments they do not take
-        raise ModelReferenceError(f"{wanted.library} cannot build {wanted.name!r}: {error}") from None
-    if stem or wanted.stem:
-        replace_stem(module)
-    return module.eval(), override(config, wanted.preprocessing), weights
-
-
-def _build_timm(wanted: Architecture, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], Any]:
-    import timm
-    from timm.data import resolve_model_data_config
-
-    if not timm.is_model(wanted.name):
-        _unknown("timm", wanted.name, timm.list_models())
-    name = f"{wanted.name}.{wanted.tag}" if wanted.tag else wanted.name
-    if wanted.tag and name not in timm.list_pretrained():
-        tags = [model for model in timm.list_pretrained(f"{wanted.name}.*")]
-        raise ModelReferenceError(f"timm has no weights {name!r}", hint="it has " + (", ".join(tags) or "none"))
-    module = timm.create_model(name, pretrained=False, **arguments)
-    return module, dict(resolve_model_data_config(module)), module.pretrained_cfg and _ConfigView(module)
-
-
-class _ConfigView:
-    """The entries of timm's pretrained configuration that say where weights are."""
-
-    def __init__(self, module: Any) -> None:
-        config = module.pretrained_cfg
-        self.hf_hub_id = config.get("hf_hub_id")
-        self.hf_hub_filename = config.get("hf_hub_filename")
-        self.license = config.get("license")
-
-
-def _build_torchvision(
-    wanted: Architecture, arguments: dict[str, Any], want_weights: bool
-) -> tuple[nn.Module, dict[str, Any], Any]:
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if wanted.name not in known:
-        _unknown("torchvision", wanted.name, known)
-    entries = models.get_model_weights(wanted.name)
-    try:
-        entry = entries[wanted.tag] if wanted.tag else entries.DEFAULT  # type: ignore[attr-defined]
-    except KeyError:
-        names = ", ".join(item.name for item in entries)
-        raise ModelReferenceError(f"{wanted.name} has no weights {wanted.tag!r}", hint=f"it has {names}") from None
-    if wanted.name in ("googlenet", "inception_v3") and "init_weights" not in arguments:
-        arguments = {**arguments, "init_weights": False}  # slow, and overwritten by the checkpoint
-    module = models.get_model(wanted.name, weights=None, **arguments)
-    module.label_names = list(entry.meta.get("categories", ()))
-    return module, torchvision_config(entry.transforms()), entry.url if want_weights else None
-
-
-def _unknown(library: str, name: str, known: list[str]) -> None:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {library}/{near[0]}?" if near else f"see the list of {library}'s models"
-    raise ModelReferenceError(f"{library} has no model {name!r}", hint=hint)
 
 
 def _imagenet_labels(module: nn.Module) -> list[str] | None:

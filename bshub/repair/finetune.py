@@ -143,8 +143,11 @@ def repair(
     optimizer = torch.optim.SGD(
         parameters.values(), lr=schedule.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
-    steps = schedule.epochs * -(-len(images) // schedule.batch_size)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.lr, total_steps=max(steps, 2), pct_start=WARM_UP)
+    steps = max(schedule.epochs * -(-len(images) // schedule.batch_size), 4)
+    # the warm-up needs two steps of its own, which a tenth of a short repair is not
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, schedule.lr, total_steps=steps, pct_start=max(WARM_UP, 2 / steps)
+    )
     total = 0.0
     with in_mode(model, False), in_mode(teacher, False):
         for _ in range(schedule.epochs):
