@@ -21,14 +21,16 @@ class CleanImages:
     Args:
         loader: ``(images [n, c, h, w] float, labels [n])``.
         device: Where the batches go.
+        total: Number of images to come, where it is known; a DataLoader knows.
 
     Raises:
         UsageError: The loader does not give such batches.
         InconclusiveError: It gives fewer than four images.
     """
 
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device, total: int | None = None) -> None:
         self._device = device
+        self.total = total if total is not None else _size(loader)
         self._rest = iter(loader)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._ahead: list[tuple[Tensor, Tensor]] = []
@@ -110,3 +112,11 @@ class CleanImages:
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """The kept images in batches."""
         return list(zip(self.images.split(size), self.labels.split(size), strict=True))
+
+
+def _size(loader: object) -> int | None:
+    """Number of images of a DataLoader."""
+    try:
+        return len(loader.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return None

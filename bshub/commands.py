@@ -92,9 +92,9 @@ def sanitize_to_folder(
         _check_victims(trigger, test)
     batches = clean.batches(source.preprocessing, settings.batch_size)
     if output is None:
-        diagnosis = scan(source.module, batches, settings, progress=steps)
+        diagnosis = scan(source.module, batches, settings, total=len(clean), progress=steps)
         return {"model": _model_facts(source, clean), "diagnosis": diagnosis.as_dict(), "seconds": steps.seconds}
-    result = sanitize(source.module, batches, settings, progress=steps)
+    result = sanitize(source.module, batches, settings, total=len(clean), progress=steps)
     report: dict[str, Any] = {"model": _model_facts(source, clean), **result.report}
     if test is not None:
         before, after = _measure([source.module, result.model], test, source, trigger, settings, steps)
@@ -127,7 +127,14 @@ def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | N
         source = load_model(inputs.model, arch=inputs.arch, num_classes=inputs.num_classes)
         clean = _folder(inputs.clean_dir, source) if inputs.clean_dir else None
     batches = clean.batches(source.preprocessing, settings.batch_size) if clean else None
-    diagnosis = scan(source.module, batches, settings, input_size=source.preprocessing.input_size, progress=steps)
+    diagnosis = scan(
+        source.module,
+        batches,
+        settings,
+        input_size=source.preprocessing.input_size,
+        total=len(clean) if clean else None,
+        progress=steps,
+    )
     suspects = [
         {"layer": name, "filter": index, "score": round(score, 3)}
         for name, index, score in diagnosis.most_suspicious(20)

@@ -111,8 +111,8 @@ def diagnose(
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE
     score = find_score(name)
-    with steps.step("statistics", None) as advance:
-        stream = clean.stream() if clean is not None and score.needs_images else None
+    stream = clean.stream() if clean is not None and score.needs_images else None
+    with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
         statistics = measure(model, pairing, stream, progress=advance)
     if clean is not None:
         clean.drain()
@@ -144,7 +144,11 @@ def _threshold(
         return Threshold(float(settings.mu), "given")
     if clean is None or rate is None:
         return Threshold(WEIGHTS_ONLY_MU, "without clean images the usual value")
-    batches = clean.batches(settings.batch_size)
+    batches, before, measured = clean.batches(settings.batch_size), rate.value, "accuracy"
+    if rate.value < FOREIGN:  # too low to lose much: hold on to the model's own answers instead
+        with torch.no_grad():
+            batches = [(images, model(images).argmax(1)) for images, _ in batches]
+        before, measured = 1.0, "agreement with the original"
 
     def accuracy_at(mu: float) -> tuple[int, float]:
         plan = make_plan(flow, pairing, flag(pairing.pairs, scores, mu))
@@ -152,4 +156,4 @@ def _threshold(
         pruned = silence(model, plan) if flagged else model
         return flagged, clean_accuracy(pruned, batches).value
 
-    return choose_mu(accuracy_at, rate.value, settings.budget)
+    return choose_mu(accuracy_at, before, settings.budget, measured)

@@ -50,7 +50,12 @@ class SanitizeResult:
 
 
 def sanitize(
-    model: nn.Module, loader: Batches, settings: Settings | None = None, *, progress: Progress | Steps | None = None
+    model: nn.Module,
+    loader: Batches,
+    settings: Settings | None = None,
+    *,
+    total: int | None = None,
+    progress: Progress | Steps | None = None,
 ) -> SanitizeResult:
     """Find suspicious filters with clean images, remove them, repair the network.
 
@@ -58,6 +63,7 @@ def sanitize(
         model: Any CNN classifier with batch norm; it is not changed. Half precision is worked on in float32.
         loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
         settings: Defaults otherwise.
+        total: Number of images in the loader, for the progress bar; a DataLoader knows.
         progress: Shows the steps.
 
     Returns:
@@ -73,7 +79,7 @@ def sanitize(
     device = pick_device(settings.device)
     find_repair(settings.repair)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device)
+    clean = CleanImages(loader, device, total)
     diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
     with steps.step("surgery"):
         removal = remove(original, diagnosis.flow, diagnosis.pairing, _flagged(diagnosis), clean.images[:PROOF_IMAGES])
@@ -139,6 +145,7 @@ def scan(
     settings: Settings | None = None,
     *,
     input_size: tuple[int, int, int] | None = None,
+    total: int | None = None,
     progress: Progress | Steps | None = None,
 ) -> Diagnosis:
     """Find suspicious filters and touch nothing.
@@ -148,6 +155,7 @@ def scan(
         loader: Clean batches; without them the weights alone are judged.
         settings: Defaults otherwise.
         input_size: ``(channels, height, width)``; needed where there is no loader.
+        total: Number of images in the loader, for the progress bar; a DataLoader knows.
         progress: Shows the steps.
 
     Returns:
@@ -161,7 +169,7 @@ def scan(
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device) if loader is not None else None
+    clean = CleanImages(loader, device, total) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps)
 

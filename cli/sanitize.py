@@ -27,7 +27,9 @@ def sanitize(
     budget: options.Budget = 5.0,
     repair: Annotated[str, typer.Option(help="distil (from the model before pruning) or finetune.")] = "distil",
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the clean images.")] = 10,
-    finetune_lr: Annotated[float, typer.Option(help="Peak learning rate of these passes.")] = 0.002,
+    finetune_lr: Annotated[
+        float, typer.Option("--finetune-lr", "--lr", help="Peak learning rate of these passes.")
+    ] = 0.002,
     batch_size: options.BatchSize = 32,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and compare ONNX.")] = True,
     overwrite: Annotated[

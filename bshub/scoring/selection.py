@@ -77,6 +77,7 @@ def choose_mu(
     accuracy_at: Callable[[float], tuple[int, float]],
     accuracy_before: float,
     budget: float,
+    measured: str = "accuracy",
 ) -> Threshold:
     """The lowest μ whose pruned model stays within the budget on the clean images.
 
@@ -87,6 +88,7 @@ def choose_mu(
         accuracy_at: μ → (flagged filters, accuracy of the pruned model on the clean images, 0 to 1).
         accuracy_before: The same of the untouched model.
         budget: Points of accuracy that may be lost.
+        measured: What the accuracy is, for the reason.
 
     Returns:
         The threshold with everything that was tried.
@@ -111,10 +113,15 @@ def choose_mu(
             if middle > bad and good(middle):
                 best = middle
     curve = tuple((mu, *tried[mu]) for mu in sorted(tried, reverse=True))
+    loss = f"{budget:g} points of {measured}"
     if best is math.inf:
         return Threshold(
-            MU_NOTHING, f"even μ = {MU_HIGH:g} costs more than {budget:g} points: nothing is pruned", curve
+            MU_NOTHING,
+            f"even μ = {MU_HIGH:g} costs more than {loss}: nothing is pruned",
+            curve,
         )
     return Threshold(
-        best, f"the lowest μ whose pruned model loses at most {budget:g} points on the clean images", curve
+        best,
+        f"the lowest μ whose pruned model loses at most {loss} on the clean images",
+        curve,
     )
