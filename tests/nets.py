@@ -105,7 +105,7 @@ def silenced_by_hand(net: Net, filters: Mapping[str, object]) -> nn.Module:
     """The paper's pruning: the filter's row and bias, its batch norm's scale and shift, all zero."""
     masked = copy.deepcopy(net.model).eval()
     tensors = dict(masked.named_parameters(remove_duplicate=False))
-    pairs = {pair.name: pair for pair in net.pairing.pairs}
+    pairs = {pair.name: pair for pair in (*net.pairing.pairs, *net.pairing.bare)}
     for name, index in filters.items():
         chosen = torch.as_tensor(np.asarray(index, np.int64))
 

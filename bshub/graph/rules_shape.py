@@ -110,6 +110,35 @@ def expand(channels: Channels, call: Call) -> Traveller:
     return Traveller(call.shape, [*[None] * (len(call.shape) - len(source.shape)), *source.lanes])
 
 
+def repeat(channels: Channels, call: Call) -> Traveller:
+    """Copies laid one after another along each axis."""
+    source, times = call.args[0], call.args[1]
+    ahead = len(times) - len(source.shape)
+    lanes = [lane and lane.take(np.tile(np.arange(len(lane)), times[ahead + k])) for k, lane in enumerate(source.lanes)]
+    return Traveller(call.shape, [*[None] * ahead, *lanes])
+
+
+def pixel_shuffle(channels: Channels, call: Call) -> Traveller:
+    """``(n, c·r², h, w)`` → ``(n, c, h·r, w·r)``: the r² channels of one result leave together."""
+    source, factor = call.args[0], call.args[1]
+    lane = source.lanes[1]
+    if lane is not None:
+        table = np.arange(len(lane)).reshape(-1, factor * factor)  # (c, r²)
+        first = lane.take(table[:, 0])
+        for column in table.T[1:]:
+            channels.couple(first, lane.take(column))
+        lane = Lane(first.slots, channels.derive("add", *lane.values[table.T]))
+    return Traveller(call.shape, [source.lanes[0], lane, None, None])
+
+
+def pixel_unshuffle(channels: Channels, call: Call) -> Traveller:
+    """``(n, c, h·r, w·r)`` → ``(n, c·r², h, w)``: each channel becomes r² neighbours."""
+    source, factor = call.args[0], call.args[1]
+    lane = source.lanes[1]
+    spread = lane and lane.take(np.repeat(np.arange(len(lane)), factor * factor))
+    return Traveller(call.shape, [source.lanes[0], spread, None, None])
+
+
 def squeeze(channels: Channels, call: Call) -> Traveller:
     """Size-1 axes dropped; they carry nothing."""
     source = call.args[0]
@@ -172,16 +201,19 @@ def stack(channels: Channels, call: Call) -> Traveller:
 
 
 def split(channels: Channels, call: Call) -> Result:
-    """Consecutive parts. Equal parts must stay equal (code asks for their number); unequal sizes are attributes."""
+    """Consecutive parts. Equal parts stay equal, as one number in code says; other sizes are attributes."""
     source = call.args[0]
     axis = call.arg(2, call.kwargs.get("dim", 0)) % len(source.shape)
     sizes = [shape[axis] for shape in call.result_shape]
     lane = source.lanes[axis]
     starts = np.cumsum([0, *sizes])
     cut = [lane and lane.take(np.arange(a, b)) for a, b in pairwise(starts)]
-    if lane is not None and len(set(sizes)) == 1:
-        for part in cut[1:]:
-            channels.couple(cut[0], part)  # type: ignore[arg-type]
+    alike: dict[int, Lane] = {}
+    for part in cut:
+        if part is not None and len(part) == 1:
+            channels.pin(part, call.reason("cuts off a single channel"))
+        elif part is not None:
+            channels.couple(alike.setdefault(len(part), part), part)
     return [
         Traveller(shape, [part if k == axis else other for k, other in enumerate(source.lanes)])
         for shape, part in zip(call.result_shape, cut, strict=True)
