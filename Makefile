@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint results lock clean
+.PHONY: help setup demo test lint results coverage lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -47,6 +47,9 @@ lint: setup ## ruff, mypy and the import contracts
 
 results: setup ## rewrite docs/results.md from the models of the shared folder
 	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md
+
+coverage: setup ## probe every model of examples/coverage/models.txt (hours) and rewrite docs/coverage.md
+	$(BIN)/python examples/coverage/run.py --out docs/coverage.md --jobs 2 --onnx
 
 # torch and torchvision are compiled against each other: they are raised together or not at all.
 lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit

@@ -102,12 +102,20 @@ class CleanImages:
     @property
     def images(self) -> Tensor:
         """The kept images, ``[n, c, h, w]``."""
-        return torch.cat([images for images, _ in self._kept])[:KEPT_IMAGES]
+        return self._joined()[0]
 
     @property
     def labels(self) -> Tensor:
         """Their labels, ``[n]``."""
-        return torch.cat([labels for _, labels in self._kept])[:KEPT_IMAGES]
+        return self._joined()[1]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """The kept batches as one, joined once and not at every look."""
+        if len(self._kept) > 1:
+            images, labels = (torch.cat(parts)[:KEPT_IMAGES] for parts in zip(*self._kept, strict=True))
+            self._kept = [(images, labels)]
+        images, labels = self._kept[0]
+        return images[:KEPT_IMAGES], labels[:KEPT_IMAGES]
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """The kept images in batches."""

@@ -11,21 +11,19 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA, then Apple's MPS, then the CPU.
+    """``auto`` takes CUDA where there is one, else the CPU.
 
     Raises:
-        UsageError: The named device does not exist here.
+        UsageError: The named device does not exist here, or lacks the double precision that the proof needs (MPS).
     """
     import torch
 
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except Exception as error:  # torch raises AssertionError, RuntimeError and others here
+        torch.zeros(1, device=device, dtype=torch.float64)
+    except Exception as error:  # torch raises AssertionError, RuntimeError, TypeError and others here
         raise UsageError(
             f"device {name!r} cannot be used: {str(error).splitlines()[0]}", hint="--device cpu always works"
         ) from None

@@ -22,7 +22,7 @@ class Settings:
         finetune_lr: Peak learning rate of these passes.
         batch_size: Images per batch.
         seed: Seed of everything random.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
     """
 
     score: str = "lipschitz"

@@ -34,7 +34,7 @@ Budget = Annotated[
     typer.Option(help="Points of accuracy on the clean images that pruning may cost before the repair (mu auto)."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]

@@ -39,6 +39,22 @@ def test_a_starter_model_loses_its_backdoor_with_the_defaults(tmp_path: Path, fe
     assert reloaded.origin.recipe.stem == "cifar"
 
 
+def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
+    result = bshub_command(
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--test-dir", DEMO / "heldout",
+        "--trigger", DEMO / "trigger.json", "-o", tmp_path / "out", "--no-onnx", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    before, after = report["evaluation"]["before"], report["evaluation"]["after"]
+    assert before["asr"]["percent"] >= 95 and before["accuracy"]["percent"] >= 80
+    assert after["asr"]["percent"] < before["asr"]["percent"] / 2
+    assert after["accuracy"]["percent"] >= before["accuracy"]["percent"] - 3
+    assert report["parameters"]["after"] < report["parameters"]["before"]
+    assert report["macs"]["after"] < report["macs"]["before"]
+    assert report["proof"]["holds"] and report["proof"]["error"] <= 1e-5
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bshub.graph.call import Call, Result
-from bshub.graph.channels import Channels, Lane, Traveller
+from bshub.graph.channels import Channels, Ints, Lane, Traveller
 
 
 def elementwise(channels: Channels, call: Call, combine: str) -> Traveller:
@@ -12,46 +12,43 @@ def elementwise(channels: Channels, call: Call, combine: str) -> Traveller:
     ``combine`` says how values meet: ``add`` (zero when all are), ``multiply`` (zero when one is) or
     ``unknown`` (never known to be zero).
     """
-    operands = call.travellers()
-    rank = len(call.shape)
-    lanes: list[Lane | None] = [None] * rank
+    lanes: list[Lane | None] = [None] * len(call.shape)
     for axis, size in enumerate(call.shape):
         if size == 1:
             continue
         present: list[Lane] = []
-        foreign = False  # an operand of full size without channels, or one that is broadcast
-        broadcast = any(isinstance(arg, (int, float)) and arg != 0 for arg in call.args[:2])
-        scalar_only = True
-        for operand in operands:
-            own = axis - (rank - len(operand.shape))
+        foreign = False  # an operand of full size without channels
+        spread = False  # an operand with values of its own, the same for all channels
+        shifted_by = any(isinstance(arg, (int, float)) and arg != 0 for arg in call.args[:2])
+        for operand in call.travellers():
+            own = axis - (len(call.shape) - len(operand.shape))
             if own < 0 or operand.shape[own] == 1:
-                broadcast, scalar_only = True, scalar_only and not any(s > 1 for s in operand.shape)
-                continue
-            lane = operand.lanes[own]
-            if lane is None:
+                constant = all(side == 1 for side in operand.shape)
+                spread, shifted_by = spread or not constant, shifted_by or constant
+            elif (lane := operand.lanes[own]) is None:
                 foreign = True
             else:
                 present.append(lane)
-        if not present:
-            continue
         for lane in present[1:]:
             channels.couple(present[0], lane)
         if foreign:
             for lane in present:
                 channels.pin(lane, call.reason("meets an axis without channels"))
-            continue
-        values = present[0].values
-        if combine == "unknown" or (combine == "add" and broadcast and not scalar_only):
-            values = channels.new_values(len(values))
-        elif len(present) > 1:
-            streams = [lane.values for lane in present]
-            if combine == "multiply":  # what a gate scales is alive or not by itself
-                streams = [stream for stream in streams if not channels.is_gate(stream)] or streams
-            values = channels.derive(combine, *streams)
-        elif combine == "add" and broadcast:
-            values = channels.derive("offset", values)
-        lanes[axis] = Lane(present[0].slots, values)
+        elif present:
+            fresh = combine == "unknown" or (combine == "add" and spread)
+            lanes[axis] = Lane(present[0].slots, _combined(channels, combine, present, fresh, shifted_by))
     return Traveller(call.shape, lanes)
+
+
+def _combined(channels: Channels, combine: str, present: list[Lane], fresh: bool, shifted_by: bool) -> Ints:
+    streams = [lane.values for lane in present]
+    if fresh:
+        return channels.new_values(len(streams[0]))
+    if combine == "multiply":  # what a gate scales is alive or not by itself
+        streams = [stream for stream in streams if not channels.is_gate(stream)] or streams
+    if len(streams) > 1:
+        return channels.derive(combine, *streams)
+    return channels.derive("offset", streams[0]) if combine == "add" and shifted_by else streams[0]
 
 
 def same(channels: Channels, call: Call) -> Traveller:
