@@ -231,3 +231,13 @@ def test_the_demo_loads_with_its_own_numbers() -> None:
     assert loaded.labels is not None
     assert loaded.labels[0] == "airplane"
     assert loaded.origin.licence == "apache-2.0"
+
+
+def test_a_module_with_a_version_of_its_own_loads_from_plain_tensors(tmp_path: Path) -> None:
+    import torchvision
+    from safetensors.torch import save_file
+
+    model = torchvision.models.mnasnet0_5(weights=None)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "m.safetensors")
+    loaded = load_model(str(tmp_path / "m.safetensors"), arch="torchvision/mnasnet0_5")
+    assert all(torch.equal(tensor, loaded.module.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -50,7 +50,10 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
         )
     ready = {name: _cast(name, value, expected[name].dtype, origin) for name, value in given.items()}
     try:
-        module.load_state_dict({**expected, **ready}, strict=True)
+        # the module's own state dict, so that modules with versions (torchvision's MNASNet) know theirs
+        complete = module.state_dict()
+        complete.update(ready)
+        module.load_state_dict(complete, strict=True)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{origin}: the model refused its weights: {printable(error, 160)}",

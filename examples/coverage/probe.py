@@ -28,6 +28,7 @@ from torch import nn
 
 from bshub.graph.coupling import ChannelFlow, follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
+from bshub.intake.loading import load_into
 from bshub.intake.recipe import Recipe, apply_recipe
 from bshub.intake.reference import parse_architecture
 from bshub.release.onnx import export_onnx
@@ -140,7 +141,7 @@ def rebuild(reference: str, folder: Path) -> int:
     model, _ = build(reference)
     state = load_file(folder / "state.safetensors")
     apply_recipe(model, Recipe.from_json(json.loads((folder / "recipe.json").read_text())), state)
-    model.load_state_dict(state)
+    load_into(model, state, origin=reference)
     given = load_file(folder / "io.safetensors")
     with torch.no_grad():
         return int(not torch.equal(model.eval()(given["images"]), given["logits"]))
