@@ -107,6 +107,11 @@ def diagnose(
         with torch.no_grad():
             clean.expect(model(clean.images[:2]).shape[-1])
     name, warnings = settings.score, []
+    if flow.unseen:
+        warnings.append(
+            f"{len(flow.unseen)} parameters ({flow.unseen[0]}, …) are read by no run that could be recorded: "
+            "a branch that uses them in training may not fit the narrowed network"
+        )
     if clean is None and SCORES.get(name, SCORES["bss"]).needs_images:
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE

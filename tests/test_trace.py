@@ -12,7 +12,7 @@ from nets import Apply, Auxiliary, Net, conv_bn, head, residual_net, vgg_like
 from torch import Tensor, nn
 
 from bshub.errors import TraceError
-from bshub.graph.coupling import op_name
+from bshub.graph.coupling import follow_channels, op_name
 from bshub.graph.trace import in_mode, overwritten, record
 
 SIZE = (3, 16, 16)
@@ -186,3 +186,18 @@ def test_an_answer_in_a_dictionary_is_followed_to_its_tensors() -> None:
 
     (output,) = [node for node in record(Named(), SIZE).graph.nodes if node.op == "output"]
     assert [arg.meta["shape"] for arg in output.args[0]] == [(2, 5)]
+
+
+def test_a_training_run_that_cannot_be_recorded_is_left_out_and_said() -> None:
+    class WantsTargets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+            if self.training and targets is None:
+                raise ValueError("training needs targets")
+            return self.body(x).mean((2, 3))
+
+    flow, _ = follow_channels(WantsTargets(), (3, 8, 8))
+    assert flow.unseen == ("aux.bias", "aux.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bshub.errors import TraceError
 from bshub.graph.call import Call, Result
 from bshub.graph.channels import Channels, Ints, Lane, Traveller
 from bshub.graph.rules import OP_RULES
@@ -55,6 +57,7 @@ class ChannelFlow:
         widths_in: Module → variables of each channel axis of its inputs.
         widths_out: Module → variables of each channel axis of its outputs.
         widths_inside: Module → variables of each channel axis that its own operations make.
+        unseen: Parameters that no recorded run reads: they keep their shapes whatever leaves.
     """
 
     channels: Channels
@@ -65,6 +68,7 @@ class ChannelFlow:
     widths_in: dict[str, list[Ints]]
     widths_out: dict[str, list[Ints]]
     widths_inside: dict[str, list[Ints]]
+    unseen: tuple[str, ...] = ()
 
 
 def follow_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[ChannelFlow, Recording]:
@@ -85,9 +89,14 @@ def follow_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple
     """
     evaluation = record(model, input_size)
     recordings = [evaluation]
-    if {name for name, _ in model.named_parameters()} - evaluation.parameters_used():
-        recordings.append(record(model, input_size, training=True))
-    return solve(recordings), evaluation
+    unseen = {name for name, _ in model.named_parameters()} - evaluation.parameters_used()
+    if unseen:
+        try:
+            recordings.append(record(model, input_size, training=True))
+            unseen -= recordings[-1].parameters_used()
+        except TraceError:  # it wants targets, or more images: the evaluation run is what the proof is about
+            pass
+    return dataclasses.replace(solve(recordings), unseen=tuple(sorted(unseen))), evaluation
 
 
 def solve(recordings: Sequence[Recording]) -> ChannelFlow:
