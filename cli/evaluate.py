@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, print_json, print_table, seconds_text
+from bshub_cli._output import Bars, print_json, print_table, say, seconds_text
 
 
 def evaluate(
@@ -21,8 +21,6 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy and, with a trigger file, its attack success rate."""
     with reported(debug):
-        import typer
-
         from bshub.commands import Inputs, evaluate_reference
         from bshub.release.card import rate_text
         from bshub.settings import Settings
@@ -38,4 +36,4 @@ def evaluate(
         names = {"accuracy": "accuracy %", "asr": "attack success %", "ra": "robust accuracy %"}
         rows = [[names[key], rate_text(rate)] for key, rate in report["evaluation"].items()]
         print_table(report["model"]["reference"], ["", "with 95 % interval"], rows)
-        typer.echo(seconds_text(report["seconds"]))
+        say(seconds_text(report["seconds"]))

@@ -9,7 +9,7 @@ import typer
 
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, big, mega, print_json, print_table, print_warnings, seconds_text
+from bshub_cli._output import Bars, big, mega, print_json, print_table, print_warnings, say, seconds_text
 
 
 def sanitize(
@@ -89,12 +89,12 @@ def show_plan(report: dict[str, Any]) -> None:
     diagnosis = report["diagnosis"]
     print_warnings(diagnosis["warnings"])
     threshold, counts = diagnosis["threshold"], diagnosis["counts"]
-    typer.echo(
+    say(
         f"{counts['flagged']} of {diagnosis['filters']} filters in {diagnosis['pairs']} conv-BN pairs lie more than "
         f"{threshold['mu']:g} deviations above their layer ({diagnosis['score']}; {threshold['reason']})."
     )
     if counts["flagged"]:
-        typer.echo(
+        say(
             f"{counts['removed']} would leave physically, {counts['silenced']} would be silenced in place, "
             f"{counts['followers']} would follow."
         )
@@ -103,7 +103,7 @@ def show_plan(report: dict[str, Any]) -> None:
             for layer, index in diagnosis["flagged"].items()
         ]
         print_table("flagged filters", ["layer", "count", "filters"], rows)
-    typer.echo(seconds_text(report["seconds"]))
+    say(seconds_text(report["seconds"]))
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def _show(report: dict[str, Any]) -> None:
         clean = report["clean_images"]
         rows.append(["clean images %", rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])])
     print_table(f"{report['model']['reference']}", ["", "before", "after"], rows)
-    typer.echo(f"threshold: {threshold['mu']:g} deviations ({diagnosis['score']}; {threshold['reason']})")
+    say(f"threshold: {threshold['mu']:g} deviations ({diagnosis['score']}; {threshold['reason']})")
     typer.echo(
         f"proof: the small network equals the masked one to {report['proof']['error']:.1e} "
         f"({report['proof']['dtype']}, {report['proof']['images']} images)"
@@ -143,8 +143,8 @@ def _show(report: dict[str, Any]) -> None:
             f"onnx: equals torch to {report['onnx']['error']:.1e} of the largest logit, {mega(report['onnx']['bytes'])}"
         )
     for reason in report["refused"]:
-        typer.echo(f"note: {reason}")
-    typer.echo(seconds_text(report["seconds"]))
+        say(f"note: {reason}")
+    say(seconds_text(report["seconds"]))
     typer.echo(f"written: {report['output']}")
     if "published" in report:
         state = "was already there" if report["published"]["unchanged"] else "published"
