@@ -266,7 +266,8 @@ def _write(
     (folder / "README.md").write_text(model_card(source, result.model, recipe, report, command), encoding="utf-8")
     keys = ("evaluation", "clean_images", "parameters", "macs", "bytes", "counts", "onnx")
     write_json(folder / "metrics.json", {key: report[key] for key in keys if key in report})
-    write_report(folder, report)
+    public = {**report["model"], "reference": shown_reference(source.origin.reference)}
+    write_report(folder, {**report, "model": public})
 
 
 def _command(inputs: Inputs, settings: dict[str, Any]) -> str:
