@@ -254,3 +254,23 @@ def test_nan_weights_are_inconclusive(trained: nn.Module) -> None:
         broken.get_parameter("conv2.weight")[0] = float("nan")
     with pytest.raises(InconclusiveError):
         scan(broken, batches(), Settings(mu=1.0))
+
+
+def test_where_the_labels_are_not_the_models_its_own_answers_choose_mu(trained: nn.Module) -> None:
+    images, labels = coloured_images(24, seed=77)
+    ours = scan(trained, [(images, (labels + 1) % 3)])
+    with torch.no_grad():
+        answers = trained.eval()(images).argmax(1)
+    theirs = scan(trained, [(images, answers)])
+    assert "agreement" in ours.threshold.reason and "agreement" not in theirs.threshold.reason
+    assert (ours.threshold.mu, ours.plan.flagged) == (theirs.threshold.mu, theirs.plan.flagged)
+
+
+def test_a_repair_that_makes_things_worse_is_undone_and_said(trained: nn.Module) -> None:
+    settings = Settings(mu=1.0, repair="finetune", finetune_epochs=30, finetune_lr=10.0)
+    result = sanitize(trained, batches(), settings)
+    assert not result.report["repaired"]
+    assert any("undone" in warning for warning in result.report["warnings"])
+    untouched = sanitize(trained, batches(), Settings(mu=1.0, finetune_epochs=0))
+    for name, tensor in untouched.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[name])
