@@ -229,3 +229,17 @@ def test_numbers_that_equal_a_width_by_chance_stay() -> None:
     assert removal.refused == []
     assert removal.plan.removed == {"0.0": [1, 2, 6]}
     assert (removal.model[1].ceiling, removal.model[2][0].size, removal.model[2][1].kernel_size) == (8, 8, 8)
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_cut_by_the_recipe() -> None:
+    torch.manual_seed(0)
+    net = Net(timm.create_model("resnetblur18", num_classes=5), 64)
+    removal = net.remove_exactly({"layer2.0.conv1": [1, 4]})
+    state = removal.model.state_dict()
+    assert removal.plan.kept.keys() - state.keys()  # the blur kernel
+    fresh = timm.create_model("resnetblur18", num_classes=5)
+    recipe = Recipe(removal.attributes, removal.plan.kept)
+    apply_recipe(fresh, Recipe.from_json(json.loads(json.dumps(recipe.as_json()))), state)
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(net.images), removal.model(net.images))

@@ -110,6 +110,9 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
             module = model.get_submodule(owner)
         except AttributeError:
             raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks") from None
+        if name not in state and leaf in module._non_persistent_buffers_set:
+            _cut_buffer(module, leaf, recipe.kept[name])  # rebuilt by the constructor, at its full width
+            continue
         if name not in state:
             raise CheckpointError(f"the recipe's tensor {name!r} is missing from the checkpoint")
         shape = state[name].shape
@@ -120,6 +123,16 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
             module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
         else:
             raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks")
+
+
+def _cut_buffer(module: nn.Module, leaf: str, axes: dict[int, list[int]]) -> None:
+    """Narrow a buffer that no checkpoint holds (a blur-pool kernel) to the kept indices."""
+    buffer = module._buffers[leaf]
+    for axis, index in axes.items():
+        if buffer is None or not 0 <= axis < buffer.ndim or not index or index[-1] >= buffer.shape[axis]:
+            raise CheckpointError(f"the recipe does not fit the buffer {leaf!r}")
+        buffer = buffer.index_select(axis, torch.tensor(index))
+    module._buffers[leaf] = buffer
 
 
 def _sound(name: str, current: Any, value: Any) -> bool:

@@ -97,6 +97,15 @@ model.set_submodule(first, torch.nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=ol
 pool = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.MaxPool2d))
 model.set_submodule(pool, torch.nn.Identity())
 """
+_BUFFERS = """\
+for name, axes in cfg["bshub"]["kept"].items():
+    if name not in state:  # a buffer that the constructor made at its full width
+        owner, _, leaf = name.rpartition(".")
+        for axis, r in axes.items():
+            index = [i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)]
+            buffers = model.get_submodule(owner)._buffers
+            buffers[leaf] = buffers[leaf].index_select(int(axis), torch.tensor(index))
+"""
 _NARROW = """\
 for name, attributes in cfg["bshub"]["attributes"].items():
     vars(model.get_submodule(name)).update(attributes)
@@ -108,9 +117,15 @@ for name, tensor in state.items():
 model.eval()"""
 
 
-def loader_text(library: str, stem: str | None) -> str:
-    """Python that rebuilds the sanitized network in its own folder, with torch and the model library alone."""
-    return _LOADERS[library] + (_CIFAR_STEM if stem else "") + _NARROW
+def loader_text(library: str, stem: str | None, buffers: bool = False) -> str:
+    """Python that rebuilds the sanitized network in its own folder, with torch and the model library alone.
+
+    Args:
+        library: ``timm`` or ``torchvision``.
+        stem: ``cifar`` where the stem was replaced.
+        buffers: Whether buffers that no checkpoint holds were narrowed.
+    """
+    return _LOADERS[library] + (_CIFAR_STEM if stem else "") + (_BUFFERS if buffers else "") + _NARROW
 
 
 def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: dict[str, Any], command: str) -> str:
@@ -138,7 +153,9 @@ def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: di
         rows=_rows(report),
         asr=(evaluation.get("after") or {}).get("asr"),
         library=origin.architecture.library,
-        loader=loader_text(origin.architecture.library, recipe.stem),
+        loader=loader_text(
+            origin.architecture.library, recipe.stem, bool(recipe.kept.keys() - model.state_dict().keys())
+        ),
         preprocessing=source.preprocessing.config,
         onnx=report.get("onnx"),
         size=", ".join(map(str, source.preprocessing.input_size)),
