@@ -83,13 +83,8 @@ def sanitize_to_folder(
     if output is not None:
         check_output(output, overwrite)
     steps = Steps(progress)
-    with steps.step("load"):
-        trigger = _trigger(inputs)
-        source = load_model(inputs.model, arch=inputs.arch, num_classes=inputs.num_classes)
-        _check_target(trigger, source)
-        clean = _folder(inputs.clean_dir, source)
-        test = _folder(inputs.test_dir, source) if inputs.test_dir else None
-        _check_victims(trigger, test)
+    source, clean, test, trigger = _load(inputs, steps)
+    assert clean is not None
     batches = clean.batches(source.preprocessing, settings.batch_size)
     if output is None:
         diagnosis = scan(source.module, batches, settings, total=len(clean), progress=steps)
@@ -123,9 +118,7 @@ def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | N
         The report; ``suspects`` lists the flagged filters with the highest scores.
     """
     steps = Steps(progress)
-    with steps.step("load"):
-        source = load_model(inputs.model, arch=inputs.arch, num_classes=inputs.num_classes)
-        clean = _folder(inputs.clean_dir, source) if inputs.clean_dir else None
+    source, clean, _, _ = _load(inputs, steps)
     batches = clean.batches(source.preprocessing, settings.batch_size) if clean else None
     diagnosis = scan(
         source.module,
@@ -156,14 +149,22 @@ def evaluate_reference(inputs: Inputs, settings: Settings, *, progress: Progress
     if inputs.test_dir is None:
         raise UsageError("evaluate needs images", hint="add --test-dir DIR")
     steps = Steps(progress)
+    source, _, test, trigger = _load(inputs, steps)
+    assert test is not None
+    (rates,) = _measure([source.module], test, source, trigger, settings, steps)
+    return {"model": _model_facts(source, test), "evaluation": rates.as_dict(), "seconds": steps.seconds}
+
+
+def _load(inputs: Inputs, steps: Steps) -> tuple[LoadedModel, ClassFolder | None, ClassFolder | None, Trigger | None]:
+    """The model, the clean and the test folder and the trigger, each checked against the others."""
     with steps.step("load"):
         trigger = _trigger(inputs)
         source = load_model(inputs.model, arch=inputs.arch, num_classes=inputs.num_classes)
         _check_target(trigger, source)
-        test = _folder(inputs.test_dir, source)
+        clean = _folder(inputs.clean_dir, source) if inputs.clean_dir else None
+        test = _folder(inputs.test_dir, source) if inputs.test_dir else None
         _check_victims(trigger, test)
-    (rates,) = _measure([source.module], test, source, trigger, settings, steps)
-    return {"model": _model_facts(source, test), "evaluation": rates.as_dict(), "seconds": steps.seconds}
+    return source, clean, test, trigger
 
 
 def _trigger(inputs: Inputs) -> Trigger | None:

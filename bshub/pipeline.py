@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
@@ -81,8 +82,9 @@ def sanitize(
     original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device, total)
     diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
+    flagged = {name: np.asarray(index, np.int64) for name, index in diagnosis.plan.flagged.items()}
     with steps.step("surgery"):
-        removal = remove(original, diagnosis.flow, diagnosis.pairing, _flagged(diagnosis), clean.images[:PROOF_IMAGES])
+        removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, clean.images[:PROOF_IMAGES])
     small = removal.model
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     warnings = list(diagnosis.warnings)
@@ -172,10 +174,6 @@ def scan(
     clean = CleanImages(loader, device, total) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps)
-
-
-def _flagged(diagnosis: Diagnosis) -> dict[str, Any]:
-    return dict(diagnosis.plan.flagged)
 
 
 def _finite(model: nn.Module) -> bool:

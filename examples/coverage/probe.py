@@ -102,7 +102,7 @@ def choose(flow: ChannelFlow, pairing: Pairing) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(index)) for name, index in flagged.items()}
 
 
-def reach(flow: ChannelFlow, pairing: Pairing, removal: Removal) -> float:
+def reach(flow: ChannelFlow, pairing: Pairing) -> float:
     """Share of paired filters whose group may leave."""
     total = free = 0
     for pair in pairing.pairs:
@@ -169,7 +169,7 @@ def probe(reference: str, with_onnx: bool) -> dict[str, Any]:
         row["forward"] = removal.model(images).shape == model(images).shape
     row["error"] = removal.proof.error
     row["exact"] = removal.proof.holds and removal.proof.error <= EXACT
-    row["share"] = round(reach(flow, pairing, removal), 4)
+    row["share"] = round(reach(flow, pairing), 4)
     row["reach"] = row["share"] >= 0.9 and not removal.refused
     row["parameters"] = [before, after]
     row["smaller"] = after < before
@@ -177,8 +177,7 @@ def probe(reference: str, with_onnx: bool) -> dict[str, Any]:
     row["pairs"], row["unpaired"] = len(pairing.pairs), len(pairing.unpaired)
     row["reasons"] = sorted(pinned)
     row["refused"] = removal.refused
-    for mark, judge in (("trains", lambda: train_step(removal.model, size)),):
-        row[mark] = attempt(row, mark, judge)
+    row["trains"] = attempt(row, "trains", lambda: train_step(removal.model, size))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         row["rebuilt"] = attempt(row, "rebuilt", lambda: rebuilt(reference, removal, images, folder))
