@@ -249,7 +249,7 @@ def _write(
     onnx: bool,
     steps: Steps,
 ) -> None:
-    recipe = source.origin.recipe.then(result.removal.attributes, result.plan.kept)
+    recipe = source.origin.recipe.then(result.removal.attributes, result.plan.kept, result.plan.refilled)
     with steps.step("write"):
         write_model(folder, result.model, source, recipe)
     before = sum(tensor.numel() * tensor.element_size() for tensor in source.module.state_dict().values())

@@ -70,6 +70,12 @@ class Net:
         return removal
 
 
+def _zeroed(x: Tensor, axis: int, index: list[int]) -> tuple[Tensor]:
+    keep = torch.ones(x.shape[axis])
+    keep[index] = 0
+    return (x * keep.to(x.dtype).view([-1 if dim == axis else 1 for dim in range(x.ndim)]),)
+
+
 def masked_by_hand(net: Net, plan: RemovalPlan) -> nn.Module:
     """The original whose consumers get zeros where the narrowed model gets nothing.
 
@@ -79,6 +85,11 @@ def masked_by_hand(net: Net, plan: RemovalPlan) -> nn.Module:
     masked = silenced_by_hand(net, plan.silenced)
     for name, module in masked.named_modules():
         if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        if name in plan.refilled:  # it slides along the channels: no column of its weight is theirs
+            axis, width, kept = plan.refilled[name]
+            away = sorted(set(range(width)) - set(kept))
+            module.register_forward_pre_hook(lambda m, args, away=away, axis=axis: _zeroed(args[0], axis, away))
             continue
         transposed = isinstance(module, _ConvTransposeNd)
         groups = getattr(module, "groups", 1)

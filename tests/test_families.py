@@ -18,7 +18,7 @@ PLAIN = {
     "ese_vovnet19b_slim_dw": 64, "inception_next_atto": 64,
 }  # fmt: skip
 # parts of these are pinned, with reasons
-PARTLY = {"ecaresnet26t": 64, "efficientvit_m0": 224, "levit_128s": 224, "mobilevitv2_050": 64, "fastvit_t8": 64}
+PARTLY = {"efficientvit_m0": 224, "levit_128s": 224, "mobilevitv2_050": 64, "fastvit_t8": 64}
 
 
 def prune(model: nn.Module, size: int) -> tuple[Net, nn.Module]:

@@ -19,6 +19,7 @@ class Call:
         module: Qualified name of the module that ran it.
         args: Positional arguments, in ATen's order.
         result_shape: The result's shape, or a tuple of shapes for several results.
+        whole: Whether this is all that the module does: it takes the module's input and gives its output.
     """
 
     op: str
@@ -26,6 +27,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result_shape: Any
+    whole: bool = False
 
     @property
     def several(self) -> bool:

@@ -64,7 +64,9 @@ class Channels:
 
     axes: dict[str, list[Ints]] = field(default_factory=dict)  # parameter → variables per axis
     reads: list[tuple[Ints, Ints]] = field(default_factory=list)  # (slots, values) seen by a conv or linear
+    zero_reads: list[tuple[Ints, Ints]] = field(default_factory=list)  # readers to which a constant is not a zero
     contracted: list[Ints] = field(default_factory=list)  # weight variables summed over by a reader
+    refills: dict[str, tuple[int, Lane]] = field(default_factory=dict)  # module → axis and lane it slides along
     pins: list[tuple[Ints, str]] = field(default_factory=list)
     variables: int = 0
     values: int = NO_VALUE + 1

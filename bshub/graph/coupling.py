@@ -168,7 +168,9 @@ def _walk(
             name = op_name(node.target)
             args = tuple(value(arg) for arg in node.args)
             kwargs = {key: value(arg) for key, arg in node.kwargs.items()}
-            call = Call(name, node.meta["module"], args, kwargs, shape)
+            module = node.meta["module"]
+            whole = recording.inputs.get(module) == [node.args[0]] and recording.outputs.get(module) == [node]
+            call = Call(name, module, args, kwargs, shape, whole)
             seen[node] = OP_RULES.get(name, refuse)(channels, call)
             if name == "convolution":
                 _note_convolution(seen[node], node, convolutions)

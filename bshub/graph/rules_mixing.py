@@ -19,8 +19,13 @@ def convolution(channels: Channels, call: Call) -> Traveller:
     """
     x, weight, bias = call.args[0], call.args[1], call.args[2]
     transposed, groups = call.args[6], call.args[8]
-    for lane in (x.lanes[0], *x.lanes[2:], *weight.lanes[2:]):
-        if lane is not None and not _only_parameters(lane):
+    along: list[Lane | None] = [None] * (len(call.shape) - 2)
+    for axis, lane in enumerate((*x.lanes, *weight.lanes[2:])):
+        if axis == 1 or lane is None or _only_parameters(lane):
+            continue
+        if axis >= 2 and _refillable(channels, call, axis, lane):
+            along[axis - 2] = Lane(lane.slots, channels.new_values(len(lane)))
+        else:
             channels.pin(lane, call.reason("slides along the channels"))
     source, produced, consumed = x.lanes[1], weight.lanes[0], weight.lanes[1]
     out = call.shape[1]
@@ -46,7 +51,27 @@ def convolution(channels: Channels, call: Call) -> Traveller:
         lane = produced and Lane(produced.slots, channels.new_values(out))
     if bias is not None and bias.lanes[0] is not None:
         _follow(channels, call, lane, bias.lanes[0])
-    return Traveller(call.shape, [None, lane, *[None] * (len(call.shape) - 2)])
+    return Traveller(call.shape, [None, lane, *along])
+
+
+def _refillable(channels: Channels, call: Call, axis: int, lane: Lane) -> bool:
+    """Whether channels may leave the axis that a convolution slides along (the gates of ECA).
+
+    Its kernel spans neighbours, so the places of channels that left must be zeros while it slides: hooks around the
+    module put them in and take them out again. That needs a module that does nothing else, steps of one and an
+    output as wide as the input.
+    """
+    stride, transposed = call.args[3], call.args[6]
+    step = stride[axis - 2] if len(stride) > 1 else stride[0]
+    same_width = axis < len(call.shape) and call.shape[axis] == len(lane)
+    known = channels.refills.get(call.module)
+    if not (call.whole and same_width and step == 1 and not transposed) or (known and len(known[1]) != len(lane)):
+        return False
+    if known:  # the module runs twice: one set of places for both
+        channels.couple(known[1], lane)
+    channels.refills[call.module] = (axis, lane)
+    channels.zero_reads.append((lane.slots, lane.values))
+    return True
 
 
 def _depthwise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     pretrained = spec.get("pretrained_cfg") or {}
     config = override({**config, **pretrained}, wanted.preprocessing)
     licence = pretrained.get("license") if isinstance(pretrained.get("license"), str) else None
-    recipe = Recipe(recipe.attributes, recipe.kept, stem)
+    recipe = dataclasses.replace(recipe, stem=stem)
     return _loaded(
         module, wanted, parsed.text, config, "the model's config.json", spec.get("label_names"), recipe, licence, base
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bshub.errors import CheckpointError
+from bshub.intake.refill import refill
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,36 @@ class Recipe:
         attributes: Module → attribute → new value.
         kept: Parameter → axis → original indices that stayed.
         stem: ``cifar`` where the stem was replaced before any surgery.
+        refilled: Module that slides along its channels → (axis, width before, indices that stay).
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     stem: str | None = None
+    refilled: dict[str, tuple[int, int, list[int]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The ``bshub`` key of ``config.json``; indices are written as ranges, ``[first, last]`` pairs flattened."""
         kept = {name: {str(axis): _ranges(index) for axis, index in axes.items()} for name, axes in self.kept.items()}
-        return {"format": 1, "stem": self.stem, "attributes": self.attributes, "kept": kept}
+        refilled = {name: [axis, width, *_ranges(index)] for name, (axis, width, index) in self.refilled.items()}
+        return {
+            "format": 1,
+            "stem": self.stem,
+            "attributes": self.attributes,
+            "kept": kept,
+            **({"refilled": refilled} if refilled else {}),
+        }
 
-    def then(self, attributes: dict[str, dict[str, Any]], kept: dict[str, dict[int, list[int]]]) -> Recipe:
-        """This recipe followed by another surgery, whose indices count what this one left."""
+    def then(
+        self,
+        attributes: dict[str, dict[str, Any]],
+        kept: dict[str, dict[int, list[int]]],
+        refilled: Mapping[str, tuple[int, int, list[int]]] | None = None,
+    ) -> Recipe:
+        """This recipe followed by another surgery, whose indices count what this one left.
+
+        A module is refilled once: afterwards its channels are pinned by the hooks around it.
+        """
         merged = {module: dict(values) for module, values in self.attributes.items()}
         for module, values in attributes.items():
             merged.setdefault(module, {}).update(values)
@@ -45,7 +63,7 @@ class Recipe:
             for axis, index in axes.items():
                 before = total.setdefault(name, {}).get(axis)
                 total[name][axis] = [before[i] for i in index] if before else list(index)
-        return Recipe(merged, total, self.stem)
+        return Recipe(merged, total, self.stem, {**self.refilled, **(refilled or {})})
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
@@ -62,8 +80,9 @@ class Recipe:
                 str(name): {int(axis): _expand(ranges) for axis, ranges in axes.items()}
                 for name, axes in data.get("kept", {}).items()
             }
-            return cls(attributes, kept, data.get("stem"))
-        except (AttributeError, TypeError, ValueError) as error:
+            refilled = {str(name): _places(numbers) for name, numbers in data.get("refilled", {}).items()}
+            return cls(attributes, kept, data.get("stem"), refilled)
+        except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the bshub recipe in config.json cannot be used: {error}") from None
 
 
@@ -104,6 +123,11 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
                 raise CheckpointError(f"the recipe cannot set {module_name}.{name} to {value!r}")
             current = getattr(module, name)
             setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
+    for module_name, places in recipe.refilled.items():
+        try:
+            refill(model.get_submodule(module_name), *places)
+        except AttributeError:
+            raise CheckpointError(f"the recipe names a module {module_name!r} that the network lacks") from None
     for name in recipe.kept:
         owner, _, leaf = name.rpartition(".")
         try:
@@ -123,6 +147,15 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
             module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
         else:
             raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks")
+
+
+def _places(numbers: list[int]) -> tuple[int, int, list[int]]:
+    """``[axis, width, *ranges]`` of a refilled module."""
+    axis, width, index = numbers[0], numbers[1], _expand(numbers[2:])
+    rising = all(a < b for a, b in zip(index, index[1:], strict=False))
+    if type(axis) is not int or type(width) is not int or not (2 <= axis <= 4 and rising and index[-1] < width < 10**6):
+        raise ValueError("refilled places out of range")
+    return axis, width, index
 
 
 def _cut_buffer(module: nn.Module, leaf: str, axes: dict[int, list[int]]) -> None:

@@ -106,6 +106,15 @@ for name, axes in cfg["bshub"]["kept"].items():
             buffers = model.get_submodule(owner)._buffers
             buffers[leaf] = buffers[leaf].index_select(int(axis), torch.tensor(index))
 """
+_REFILL = """\
+def refill(module, axis, width, *r):  # zeros at the places of channels that left, while the module slides along them
+    kept = torch.tensor([i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)])
+    wide = lambda x: x.new_zeros(*x.shape[:axis], width, *x.shape[axis + 1 :]).index_copy(axis, kept, x)
+    module.register_forward_pre_hook(lambda m, args: (wide(args[0]),))
+    module.register_forward_hook(lambda m, args, y: y.index_select(axis, kept))
+for name, places in cfg["bshub"]["refilled"].items():
+    refill(model.get_submodule(name), *places)
+"""
 _NARROW = """\
 for name, attributes in cfg["bshub"]["attributes"].items():
     vars(model.get_submodule(name)).update(attributes)
@@ -117,15 +126,17 @@ for name, tensor in state.items():
 model.eval()"""
 
 
-def loader_text(library: str, stem: str | None, buffers: bool = False) -> str:
+def loader_text(library: str, stem: str | None, buffers: bool = False, refilled: bool = False) -> str:
     """Python that rebuilds the sanitized network in its own folder, with torch and the model library alone.
 
     Args:
         library: ``timm`` or ``torchvision``.
         stem: ``cifar`` where the stem was replaced.
         buffers: Whether buffers that no checkpoint holds were narrowed.
+        refilled: Whether modules slide along their channels.
     """
-    return _LOADERS[library] + (_CIFAR_STEM if stem else "") + (_BUFFERS if buffers else "") + _NARROW
+    extras = (_CIFAR_STEM if stem else "") + (_BUFFERS if buffers else "") + (_REFILL if refilled else "")
+    return _LOADERS[library] + extras + _NARROW
 
 
 def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: dict[str, Any], command: str) -> str:
@@ -154,7 +165,10 @@ def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: di
         asr=(evaluation.get("after") or {}).get("asr"),
         library=origin.architecture.library,
         loader=loader_text(
-            origin.architecture.library, recipe.stem, bool(recipe.kept.keys() - model.state_dict().keys())
+            origin.architecture.library,
+            recipe.stem,
+            bool(recipe.kept.keys() - model.state_dict().keys()),
+            bool(recipe.refilled),
         ),
         preprocessing=source.preprocessing.config,
         onnx=report.get("onnx"),

@@ -9,11 +9,11 @@ become zero, which is the paper's pruning.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from bshub.graph.channels import ALIVE, Ints
+from bshub.graph.channels import ALIVE, ZERO, Ints
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import ConvBN, Pairing
 
@@ -31,6 +31,7 @@ class RemovalPlan:
         columns: Parameter → axis → indices read from leaving slots, for the proof.
         zeroed: Parameter or buffer → indices of axis 0 that become zero (silenced filters and their batch norm).
         stays: Convolution → why its flagged filters could not leave.
+        refilled: Module that slides along its channels → (axis, width before, indices that stay).
     """
 
     flagged: dict[str, list[int]]
@@ -41,6 +42,7 @@ class RemovalPlan:
     columns: dict[str, dict[int, list[int]]]
     zeroed: dict[str, list[int]]
     stays: dict[str, str]
+    refilled: dict[str, tuple[int, int, list[int]]] = field(default_factory=dict)
 
     def zeroed_after(self) -> dict[str, list[int]]:
         """``zeroed`` with the indices that the tensors have once the leaving ones are cut out."""
@@ -87,6 +89,8 @@ def make_plan(
         leaving[groups[pairs[name].slots[index]]] = True
     for slots, values in channels.reads:
         leaving[groups[slots[levels[values] == ALIVE]]] = False
+    for slots, values in channels.zero_reads:
+        leaving[groups[slots[levels[values] != ZERO]]] = False
     blocked = [group for group in (*flow.pinned, *forbidden) if leaving[group]]
     leaving[blocked] = False
     _keep_last(flow, leaving)
@@ -120,6 +124,11 @@ def make_plan(
         columns=columns,
         zeroed={name: sorted(index) for name, index in zeroed.items()},
         stays=stays,
+        refilled={
+            module: (axis, len(lane), np.flatnonzero(~gone[lane.slots]).tolist())
+            for module, (axis, lane) in channels.refills.items()
+            if gone[lane.slots].any()
+        },
     )
 
 

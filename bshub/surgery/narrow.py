@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from bshub.graph.coupling import ChannelFlow
+from bshub.intake.refill import blank, refill
 from bshub.scoring.plan import RemovalPlan
 from bshub.surgery.mirrors import WIDTH_NAME, mirrored_attributes, settle
 
@@ -31,6 +32,8 @@ def zero_columns(model: nn.Module, plan: RemovalPlan) -> None:
         for name, axes in plan.columns.items():
             for axis, index in axes.items():
                 tensors[name].index_fill_(axis, torch.tensor(index, device=tensors[name].device), 0)
+    for name, places in plan.refilled.items():
+        blank(model.get_submodule(name), *places)
 
 
 def narrow(
@@ -62,6 +65,8 @@ def narrow(
                         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
                     replaced[id(tensor)] = smaller  # type: ignore[assignment]
                 store[leaf] = replaced[id(tensor)]
+    for name, places in plan.refilled.items():
+        refill(model.get_submodule(name), *places)
     choices = mirrored_attributes(model, flow, _gone(plan, flow))
     for owner_name, shapes in old_shapes.items():
         found = {name: [value] for name, value in _own_attributes(model.get_submodule(owner_name), shapes).items()}

@@ -130,7 +130,7 @@ def rebuilt(reference: str, removal: Removal, images: torch.Tensor, folder: Path
     save_file(state, folder / "state.safetensors")
     with torch.no_grad():
         save_file({"images": images, "logits": removal.model(images).contiguous()}, folder / "io.safetensors")
-    recipe = Recipe(removal.attributes, removal.plan.kept).as_json()
+    recipe = Recipe(removal.attributes, removal.plan.kept, refilled=removal.plan.refilled).as_json()
     (folder / "recipe.json").write_text(json.dumps(recipe))
     command = [sys.executable, __file__, reference, "--rebuild", str(folder)]
     return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
