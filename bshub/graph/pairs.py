@@ -99,9 +99,10 @@ def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
         runs.setdefault(module_name, []).append((conv.slots, conv.values))
     pairs: list[ConvBN] = []
     bare: list[ConvBN] = []
+    readers_of = _readers(flow, [(name, values) for name, seen in runs.items() for _, values in seen])
     for module_name, seen in runs.items():
         values = np.stack([v for _, v in seen])  # (runs, out)
-        readers = [reader for norm in flow.norms for row in values if (reader := _reader(norm, row))]
+        readers = readers_of.get(module_name, [])
         paired = np.zeros(values.shape[1], bool)
         for reader in readers:
             paired[reader.filters] = True
@@ -118,14 +119,22 @@ def find_pairs(model: nn.Module, flow: ChannelFlow) -> Pairing:
     return Pairing(tuple(pairs), unpaired, tuple(bare))
 
 
-def _reader(norm: Normalised, values: Ints) -> Reader | None:
-    start, stop = values[0], values[-1]  # consecutive ids
-    if norm.weight is None or norm.mean is None or norm.variance is None:
-        return None
-    channels = np.flatnonzero((norm.inputs >= start) & (norm.inputs <= stop))
-    if not len(channels):
-        return None
-    return Reader(norm, norm.inputs[channels] - start, channels, _activation(norm.node))
+def _readers(flow: ChannelFlow, runs: list[tuple[str, Ints]]) -> dict[str, list[Reader]]:
+    """Batch norms that read each convolution, in execution order: by the owner of every value they are given."""
+    owner = np.full(flow.channels.values, -1)
+    for index, (_, values) in enumerate(runs):
+        owner[values] = index
+    found: dict[str, list[Reader]] = {}
+    for norm in flow.norms:
+        if norm.weight is None or norm.mean is None or norm.variance is None:
+            continue
+        given = owner[norm.inputs]
+        for index in np.unique(given[given >= 0]).tolist():
+            name, values = runs[index]
+            channels = np.flatnonzero(given == index)
+            reader = Reader(norm, norm.inputs[channels] - values[0], channels, _activation(norm.node))  # ids rise by 1
+            found.setdefault(name, []).append(reader)
+    return found
 
 
 def _activation(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:

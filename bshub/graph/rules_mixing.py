@@ -20,12 +20,15 @@ def convolution(channels: Channels, call: Call) -> Traveller:
     x, weight, bias = call.args[0], call.args[1], call.args[2]
     transposed, groups = call.args[6], call.args[8]
     along: list[Lane | None] = [None] * (len(call.shape) - 2)
-    for axis, lane in enumerate((*x.lanes, *weight.lanes[2:])):
+    for axis, lane in enumerate(x.lanes):
         if axis == 1 or lane is None or _only_parameters(lane):
             continue
         if axis >= 2 and _refillable(channels, call, axis, lane):
             along[axis - 2] = Lane(lane.slots, channels.new_values(len(lane)))
         else:
+            channels.pin(lane, call.reason("slides along the channels"))
+    for lane in weight.lanes[2:]:  # a kernel computed from channels
+        if lane is not None and not _only_parameters(lane):
             channels.pin(lane, call.reason("slides along the channels"))
     source, produced, consumed = x.lanes[1], weight.lanes[0], weight.lanes[1]
     out = call.shape[1]

@@ -16,9 +16,11 @@ ones instead, slower and with the same result.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bshub.errors import TraceError
+from bshub.graph.shapes import shape_of
+
+# Operations that give Python a number or a truth value of a tensor.
+READS_VALUES = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
 def overwritten(before: Tensor, after: Tensor) -> Tensor:
@@ -105,7 +111,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if func in READS_VALUES:
+            self._refuse_decision(args)
+        result = shape_of(func, args) if not kwargs else None
+        if result is None:
+            result = func(*args, **kwargs)
         with torch.utils._python_dispatch._disable_current_modes():
             node = self.graph.call_function(
                 func, self._argument(args), {key: self._argument(value) for key, value in kwargs.items()}
@@ -123,6 +133,24 @@ class _Recorder(TorchDispatchMode):
                         self._bind(item, node, index)
         return result
 
+    def _refuse_decision(self, args: Any) -> None:
+        """A number that Python reads from the images may choose a branch, and the other one would go unseen."""
+        ahead = [node for node in (self.node_of(arg) for arg in args if isinstance(arg, Tensor))]
+        seen: set[fx.Node] = set()
+        while ahead:
+            node = ahead.pop()
+            if node.op == "placeholder":
+                where, module = _calling_line(), self.scope[-1]
+                raise TraceError(
+                    f"the model's code decides by the values of its images, in module {module!r} ({where}): "
+                    "one run does not show all that it computes",
+                    hint="write the decision with tensors (torch.where), or give a model without it",
+                    module=module,
+                )
+            if node not in seen:
+                seen.add(node)
+                ahead += node.all_input_nodes
+
     def _mark_overwritten(self, written: Tensor, node: fx.Node) -> None:
         for other in self._sharing.get(written.untyped_storage()._cdata, ()):
             if other is written:
@@ -130,6 +158,15 @@ class _Recorder(TorchDispatchMode):
             stale = self.graph.call_function(overwritten, (self.node_of(other), node))
             stale.meta.update(shape=tuple(other.shape), module=self.scope[-1])
             self._nodes[id(other)] = (stale, None)
+
+
+def _calling_line() -> str:
+    """The innermost line of the model's own code, ``net.py, line 12``."""
+    own = (str(Path(torch.__file__).parent), __file__)
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
 
 
 @contextmanager
@@ -208,6 +245,8 @@ def _record(model: nn.Module, input_size: tuple[int, int, int], training: bool, 
         try:
             with recorder:
                 result = torch.func.functional_call(model, named, (images,))
+        except TraceError:
+            raise
         except Exception as error:
             where = recorder.scope[-1] or type(model).__name__
             raise TraceError(

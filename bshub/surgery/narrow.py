@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,18 @@ from bshub.scoring.plan import RemovalPlan
 from bshub.surgery.mirrors import WIDTH_NAME, mirrored_attributes, settle
 
 
-def zero_silenced(model: nn.Module, plan: RemovalPlan) -> None:
+def zero_silenced(model: nn.Module, zeroed: Mapping[str, Sequence[int]]) -> None:
     """Silence the flagged filters that stay: rows, bias, batch-norm scale and shift become zero, in place."""
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model)
     with torch.no_grad():
-        for name, index in plan.zeroed.items():
+        for name, index in zeroed.items():
             if name in tensors:  # a convolution before a batch norm rarely has a bias
-                tensors[name][index] = 0
+                tensors[name][list(index)] = 0
 
 
 def zero_columns(model: nn.Module, plan: RemovalPlan) -> None:
     """The oracle: zero the leaving slots at every consumer, in place, and nothing else."""
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model)
     with torch.no_grad():
         for name, axes in plan.columns.items():
             for axis, index in axes.items():
@@ -128,5 +129,6 @@ def _gone(plan: RemovalPlan, flow: ChannelFlow) -> np.ndarray:
     return leaving[flow.groups]
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -8,7 +8,7 @@ bisection, kept in place (their filters silenced) and reported.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import Pairing
 from bshub.scoring.plan import RemovalPlan, make_plan
-from bshub.surgery.narrow import narrow, zero_columns, zero_silenced
+from bshub.surgery.narrow import named_tensors, narrow, zero_columns, zero_silenced
 from bshub.surgery.proof import Proof, compare
 
 
@@ -45,10 +45,18 @@ class Removal:
 
 def silence(model: nn.Module, plan: RemovalPlan) -> nn.Module:
     """The original with the plan's effect but no change of shape: the masked model of the proof."""
-    masked = copy.deepcopy(model).eval()
-    zero_silenced(masked, plan)
+    masked = _copy_sharing(model, lambda name: name not in plan.columns and name not in plan.zeroed)
+    zero_silenced(masked, plan.zeroed)
     zero_columns(masked, plan)
     return masked
+
+
+def _copy_sharing(model: nn.Module, shared: Callable[[str], bool]) -> nn.Module:
+    """A copy in evaluation mode; tensors that nobody will write into, or that are cut right away, are not copied."""
+    tensors = named_tensors(model)
+    own = {id(tensor) for name, tensor in tensors.items() if not shared(name)}  # by any of its names
+    memo = {id(tensor): tensor for tensor in tensors.values() if id(tensor) not in own}
+    return copy.deepcopy(model, memo).eval()
 
 
 def remove(
@@ -87,11 +95,20 @@ def remove(
     return Removal(attempt.model, attempt.plan, attempt.attributes, attempt.proof, [kept])
 
 
+def narrowed_copy(
+    model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, input_size: tuple[int, int, int]
+) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """The smaller model, unproved, and its changed attributes."""
+    cut = set(plan.kept)
+    small = _copy_sharing(model, cut.__contains__)
+    attributes = narrow(small, plan, flow, input_size)
+    zero_silenced(small, plan.zeroed_after())
+    return small, attributes
+
+
 def _attempt(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, images: Tensor) -> tuple[Removal | None, str]:
     masked = silence(model, plan)
-    small = copy.deepcopy(model).eval()
-    zero_silenced(small, plan)
-    attributes = narrow(small, plan, flow, (images.shape[1], images.shape[2], images.shape[3]))
+    small, attributes = narrowed_copy(model, plan, flow, (images.shape[1], images.shape[2], images.shape[3]))
     try:
         proof = compare(small, masked, images)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:

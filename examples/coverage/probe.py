@@ -1,6 +1,4 @@
-"""Prune one model at random and judge the result by seven marks; prints one JSON line.
-
-    python examples/coverage/probe.py torchvision/resnet18 [--onnx]
+"""Prune one model at random and judge the result by seven marks.
 
 The marks: ``forward`` runs with equal shapes · ``exact``: logits equal the original's with the same channels
 zeroed at every consumer · ``reach``: at least 90 % of the conv-BN filters lie in removable groups · ``smaller``:
@@ -10,14 +8,9 @@ fresh process · ``onnx``: export, checker, parity.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import subprocess
-import sys
-import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +31,8 @@ FRACTION = 0.15
 EXACT = 1e-5
 
 
-def build(reference: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A model of timm or torchvision with random weights and random, non-degenerate batch-norm numbers."""
+def construct(reference: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model of timm or torchvision with random weights, and its input size."""
     wanted = parse_architecture(reference)
     torch.manual_seed(0)
     if wanted.library == "timm":
@@ -55,6 +48,12 @@ def build(reference: str) -> tuple[nn.Module, tuple[int, int, int]]:
         extra = {"init_weights": False} if wanted.name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(wanted.name, weights=None, **extra)
         size = (3, 299, 299) if wanted.name == "inception_v3" else (3, 224, 224)
+    return model, size
+
+
+def build(reference: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The model with random, non-degenerate batch-norm numbers, in evaluation mode."""
+    model, size = construct(reference)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
@@ -124,30 +123,28 @@ def train_step(model: nn.Module, size: tuple[int, int, int]) -> bool:
     return bool(torch.isfinite(loss))
 
 
-def rebuilt(reference: str, removal: Removal, images: torch.Tensor, folder: Path) -> bool:
-    """The recipe in a fresh process gives the same bits."""
+def store(removal: Removal, images: torch.Tensor, folder: Path) -> None:
+    """What a fresh process needs: tensors, recipe, images and the answers to them."""
     state = {name: tensor.contiguous().clone() for name, tensor in removal.model.state_dict().items()}
     save_file(state, folder / "state.safetensors")
     with torch.no_grad():
         save_file({"images": images, "logits": removal.model(images).contiguous()}, folder / "io.safetensors")
     recipe = Recipe(removal.attributes, removal.plan.kept, refilled=removal.plan.refilled).as_json()
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    command = [sys.executable, __file__, reference, "--rebuild", str(folder)]
-    return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
 
 
-def rebuild(reference: str, folder: Path) -> int:
-    """The child's side: build, apply, load, compare."""
-    model, _ = build(reference)
+def rebuilds(reference: str, folder: Path) -> bool:
+    """The fresh process' side: build, apply, load, compare."""
+    model, _ = construct(reference)
     state = load_file(folder / "state.safetensors")
     apply_recipe(model, Recipe.from_json(json.loads((folder / "recipe.json").read_text())), state)
     load_into(model, state, origin=reference)
     given = load_file(folder / "io.safetensors")
     with torch.no_grad():
-        return int(not torch.equal(model.eval()(given["images"]), given["logits"]))
+        return torch.equal(model.eval()(given["images"]), given["logits"])
 
 
-def probe(reference: str, with_onnx: bool) -> dict[str, Any]:
+def probe(reference: str, with_onnx: bool, folder: Path) -> dict[str, Any]:
     """All marks of one model."""
     row: dict[str, Any] = {"model": reference}
     model, size = build(reference)
@@ -178,11 +175,9 @@ def probe(reference: str, with_onnx: bool) -> dict[str, Any]:
     row["reasons"] = sorted(pinned)
     row["refused"] = removal.refused
     row["trains"] = attempt(row, "trains", lambda: train_step(removal.model, size))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        row["rebuilt"] = attempt(row, "rebuilt", lambda: rebuilt(reference, removal, images, folder))
-        if with_onnx:
-            row["onnx"] = attempt(row, "onnx", lambda: export_onnx(removal.model, images, folder / "model.onnx").holds)
+    store(removal, images, folder)
+    if with_onnx:
+        row["onnx"] = attempt(row, "onnx", lambda: export_onnx(removal.model, images, folder / "model.onnx").holds)
     return row
 
 
@@ -193,24 +188,3 @@ def attempt(row: dict[str, Any], mark: str, judge: Any) -> bool:
     except Exception as error:
         row[f"{mark}_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         return False
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--onnx", action="store_true")
-    parser.add_argument("--rebuild", type=Path)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if args.rebuild:
-        return rebuild(args.model, args.rebuild)
-    try:
-        row = probe(args.model, args.onnx)
-    except Exception as error:
-        row = {"model": args.model, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
-    print(json.dumps(row))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

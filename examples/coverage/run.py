@@ -1,25 +1,34 @@
 """Probe every model of ``models.txt`` and write ``docs/coverage.md``.
 
-    python examples/coverage/run.py --out docs/coverage.md [--jobs 2] [--onnx] [--only plain] [--limit 20]
+    python examples/coverage/run.py --out docs/coverage.md [--jobs 2] [--no-onnx] [--no-peer] [--only plain] ...
 
-Each model runs in a process of its own with a time limit. Rows go to ``coverage.jsonl`` beside the page as they are
-finished; a rerun does the missing ones. ``--onnx`` also asks for the seventh mark (the slow part).
+Each model runs in processes of its own with time limits: the probe, the rebuilding, and Torch-Pruning beside it.
+Rows go to ``coverage.jsonl`` beside the page as they are finished; a rerun does the missing ones. The seventh mark
+(ONNX) is the slow part; ``--peer-onnx`` asks for Torch-Pruning's too, which is bounded by its *forward* mark.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
+import resource
+import signal
 import sys
+import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 MARKS = ("forward", "exact", "reach", "smaller", "trains", "rebuilt", "onnx")
-SECONDS = 300
+CPU = {"probe": 300, "rebuilds": 120, "peer": 120}  # seconds of CPU time that a task may take
+WALL = 1800
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["warm"])
+sys.path.insert(0, str(HERE))
 KINDS = {"torchvision": "torchvision", "plain": "timm, plain CNNs", "hybrid": "timm, hybrids with attention"}
 
 
@@ -29,18 +38,59 @@ def models() -> list[tuple[str, str]]:
     return [(kind, name) for kind, _, name in (line.partition(" ") for line in lines if line)]
 
 
-def probe(kind: str, name: str, onnx: bool) -> dict[str, Any]:
-    """One row, whatever happens to the process."""
-    command = [sys.executable, str(HERE / "probe.py"), name, *(["--onnx"] if onnx else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def judge(kind: str, name: str, onnx: bool, peer: bool, peer_onnx: bool) -> dict[str, Any]:
+    """One row, whatever happens to the processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = alone("probe", name, onnx, folder)
+        if "failed" not in row:
+            again = alone("rebuilds", name, onnx, folder)
+            row["rebuilt"] = again.get("value", False)
+            row |= {"rebuilt_error": again["failed"]} if "failed" in again else {}
+        row = {"kind": kind, "model": name, **row}
+        if peer:
+            row["peer"] = alone("peer", name, peer_onnx, folder)
+    return row
+
+
+def alone(task: str, name: str, onnx: bool, folder: str) -> dict[str, Any]:
+    """Run a task in a process of its own, forked from one that has imported the libraries and nothing else."""
+    answer = Path(folder) / f"{task}.json"
+    process = PROCESSES.Process(target=_child, args=(task, name, onnx, folder, answer))
+    process.start()
+    process.join(WALL)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return {"failed": f"not finished after {WALL} s"}
+    if process.exitcode == -signal.SIGXCPU:
+        return {"failed": f"not finished after {CPU[task]} s of CPU time"}
+    if not answer.exists():
+        return {"failed": f"the process ended with {process.exitcode}"}
+    return json.loads(answer.read_text())
+
+
+def _child(task: str, name: str, onnx: bool, folder: str, answer: Path) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + CPU[task]
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    sys.path.insert(0, str(HERE))
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    import peer
+    import probe
+
+    work = {
+        "probe": lambda: probe.probe(name, onnx, Path(folder)),
+        "rebuilds": lambda: {"value": probe.rebuilds(name, Path(folder))},
+        "peer": lambda: peer.peer(name, onnx, Path(folder)),
+    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-        row = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        row = {"model": name, "failed": f"not finished after {SECONDS} s"}
-    except (IndexError, ValueError):
-        row = {"model": name, "failed": f"the process ended with {done.returncode}"}
-    return {"kind": kind, **row}
+        found = work[task]()
+    except Exception as error:
+        found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    answer.write_text(json.dumps(found))
 
 
 def page(rows: list[dict[str, Any]], total: int) -> str:
@@ -110,22 +160,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer-onnx", action="store_true")
     parser.add_argument("--only", choices=list(KINDS))
+    parser.add_argument("--names", nargs="*", help="probe these again")
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     store = args.out.with_suffix(".jsonl")
-    rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
-    done = {row["model"] for row in rows if not args.onnx or "onnx" in row or "failed" in row}
-    wanted = [item for item in models() if item[1] not in done and args.only in (None, item[0])][: args.limit]
+    rows = {row["model"]: row for row in map(json.loads, store.read_text().splitlines())} if store.exists() else {}
+    kinds = {name: kind for kind, name in models()}
+    asked = args.names or [name for name in kinds if name not in rows]
+    todo = [(kinds[name], name) for name in asked if args.only in (None, kinds[name])]
     with ThreadPoolExecutor(args.jobs) as pool, store.open("a") as stream:
-        for future in as_completed([pool.submit(probe, kind, name, args.onnx) for kind, name in wanted]):
+        for future in as_completed(
+            [pool.submit(judge, kind, name, args.onnx, args.peer, args.peer_onnx) for kind, name in todo[: args.limit]]
+        ):
             row = future.result()
-            rows = [old for old in rows if old["model"] != row["model"]] + [row]
+            rows[row["model"]] = row
             stream.write(json.dumps(row) + "\n")
             stream.flush()
             print(row["model"], "failed" if "failed" in row else [m for m in MARKS if row.get(m) is False], flush=True)
-    args.out.write_text(page(rows, len(models())), encoding="utf-8")
+    store.write_text("".join(json.dumps(rows[name]) + "\n" for _, name in models() if name in rows))
+    args.out.write_text(page(list(rows.values()), len(models())), encoding="utf-8")
 
 
 if __name__ == "__main__":
