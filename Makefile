@@ -9,11 +9,11 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint results coverage lock clean
+.PHONY: help setup demo test lint results coverage coverage-speed round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv with everything in requirements.lock and bshub itself, editable
 
@@ -49,7 +49,13 @@ results: setup ## rewrite docs/results.md from the models of the shared folder
 	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md
 
 coverage: setup ## probe every model of examples/coverage/models.txt (hours) and rewrite docs/coverage.md
-	$(BIN)/python examples/coverage/run.py --out docs/coverage.md --jobs 2 --onnx
+	$(BIN)/python examples/coverage/run.py --out docs/coverage.md --jobs 2
+
+coverage-speed: setup ## time trace + plan + removal beside Torch-Pruning and rewrite docs/coverage-speed.md
+	$(BIN)/python examples/coverage/speed.py --out docs/coverage-speed.md
+
+round-trip: setup ## sanitize six networks, publish them to a Hub on this machine and load them by every route
+	$(BIN)/python examples/round_trip.py --out docs/round-trip.md
 
 # torch and torchvision are compiled against each other: they are raised together or not at all.
 lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit

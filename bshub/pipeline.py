@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from bshub.clean import CleanImages
 from bshub.device import pick_device
 from bshub.diagnosis import Diagnosis, diagnose
+from bshub.evaluation.defenses.interface import DefenseSettings
+from bshub.evaluation.defenses.registry import find_defense
 from bshub.evaluation.metrics import clean_accuracy
 from bshub.graph.cost import count_macs
 from bshub.graph.trace import record
@@ -24,6 +26,7 @@ from bshub.surgery.remove import Removal, remove
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
+OURS = ("bshub", "paper")
 PROOF_IMAGES = 16
 WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
@@ -74,18 +77,25 @@ def sanitize(
         InconclusiveError: Too few images, or no conv-BN pair.
         TraceError: The model does not run on the images.
         SurgeryError: The smaller model could not be proved equal to the masked one.
+        UsageError: There is no such method, score or repair.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).resolved()
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
     find_repair(settings.repair)
+    defense = None if settings.method in OURS else find_defense(settings.method, OURS)
     original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device, total)
     diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
-    flagged = {name: np.asarray(index, np.int64) for name, index in diagnosis.plan.flagged.items()}
+    found = {} if defense else diagnosis.plan.flagged  # a baseline does what it does; the surgery then removes nothing
+    flagged = {name: np.asarray(index, np.int64) for name, index in found.items()}
     with steps.step("surgery"):
         removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, clean.images[:PROOF_IMAGES])
     small = removal.model
+    if defense:
+        with steps.step(settings.method):
+            small = defense(original, clean, DefenseSettings(settings.seed, effort=settings.effort)).eval()
+        removal = replace(removal, model=small)
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     warnings = list(diagnosis.warnings)
     repaired = bool(removal.plan.flagged) and settings.finetune_epochs > 0

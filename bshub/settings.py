@@ -1,12 +1,25 @@
-"""Everything a sanitize run can be told, in one frozen record."""
+"""Everything a sanitize run can be told, in one frozen record; read from TOML strictly, and written as TOML.
+
+A file of settings is ``bshub.toml``, or the table ``[tool.bshub]`` of a ``pyproject.toml``. Its keys are the names of
+the record. Nothing is guessed: an unknown or repeated key, a value of another kind and NaN are refused.
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
-from dataclasses import asdict, dataclass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, printable
+
+FILE = "bshub.toml"
+_PROJECT = "pyproject.toml"
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -14,6 +27,8 @@ class Settings:
     """Settings of one run.
 
     Attributes:
+        method: ``bshub``; ``paper``, the reconstruction of arXiv 2311.07417, which fixes score and repair; or a key of
+            ``DEFENSES``, a published baseline.
         score: Key of ``SCORES``; which filters look suspicious.
         mu: Threshold ``mean + mu · std`` per layer, or ``auto``: the lowest one within ``budget``.
         budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``).
@@ -23,8 +38,10 @@ class Settings:
         batch_size: Images per batch.
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        effort: Share of a baseline's published iterations, 1 = as published; ours has none.
     """
 
+    method: str = "bshub"
     score: str = "lipschitz"
     mu: float | str = "auto"
     budget: float = 5.0
@@ -34,10 +51,14 @@ class Settings:
     batch_size: int = 32
     seed: int = 0
     device: str = "auto"
+    effort: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; NaN is never a setting."""
-        numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr}
+        for name in ("method", "score", "repair", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be a name, not {getattr(self, name)!r}")
+        numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr, "effort": self.effort}
         numbers |= {} if self.mu == "auto" else {"mu": self.mu}  # type: ignore[dict-item]
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -47,11 +68,94 @@ class Settings:
             raise UsageError(f"budget is accuracy in points, 0 to 100, not {self.budget!r}")
         if not 0 < self.finetune_lr <= 10:
             raise UsageError(f"finetune_lr must lie above 0 and not above 10, not {self.finetune_lr!r}")
+        if not 0 < self.effort <= 100:
+            raise UsageError(f"effort must lie above 0 and not above 100, not {self.effort!r}")
         for name, low, high in (("finetune_epochs", 0, 10_000), ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
+    def resolved(self) -> Settings:
+        """With what the method fixes: the paper scores by four statistics and fine-tunes on the labels."""
+        return replace(self, score="bss", repair="finetune") if self.method == "paper" else self
+
     def as_dict(self) -> dict[str, Any]:
         """For reports."""
         return asdict(self)
+
+    def as_toml(self) -> str:
+        """The settings as a ``bshub.toml``."""
+        # A JSON string, number or word is a TOML value, except that TOML wants DEL escaped.
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in asdict(self).items()}
+        return "".join(f"{name} = {value}\n" for name, value in values.items()).replace("\x7f", "\\u007f")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Args:
+        path: ``bshub.toml``, or a ``pyproject.toml`` with a table ``[tool.bshub]``.
+
+    Returns:
+        The settings that it states, each of them possible.
+
+    Raises:
+        UsageError: It cannot be read, is no TOML, or states something that is no setting.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError("larger than 1 MiB")
+        table: Any = tomllib.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} is not a file of settings: {reason}", hint="write it in TOML: mu = 2.5") from None
+    if path.name == _PROJECT:
+        table = _inner(_inner(table, "tool"), "bshub")
+        if table is None:
+            raise UsageError(f"{path} has no table [tool.bshub]", hint=f"add one, or give a {FILE}")
+    return _checked(table, str(path))
+
+
+def find_settings(folder: Path) -> Path | None:
+    """The file of settings of a folder: ``bshub.toml``, else a ``pyproject.toml`` that has ``[tool.bshub]``.
+
+    Raises:
+        UsageError: There is a ``pyproject.toml`` that speaks of bshub and is no TOML.
+    """
+    if (folder / FILE).is_file():
+        return folder / FILE
+    project = folder / _PROJECT
+    try:
+        text = project.read_text(encoding="utf-8") if project.is_file() else ""
+    except (OSError, ValueError):
+        return None  # somebody else's file, and nothing of ours can be seen in it
+    if "bshub" not in text:
+        return None
+    try:
+        return project if _inner(_inner(tomllib.loads(text), "tool"), "bshub") is not None else None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{project} is not TOML: {error}", hint="mend it, or name a file with --config") from None
+
+
+def _inner(table: Any, key: str) -> Any:
+    return table.get(key) if isinstance(table, dict) else None
+
+
+def _checked(table: Any, origin: str) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{origin}: [tool.bshub] is not a table", hint="write [tool.bshub] and keys below it")
+    known = [field.name for field in fields(Settings)]
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise UsageError(
+                f"{origin}: {printable(key, 60)!r} is not a setting",
+                hint=f"did you mean {near[0]}?" if near else f"settings are {', '.join(known)}",
+            )
+    try:
+        Settings(**table)
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error.message}", hint=error.hint) from None
+    return dict(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -9,13 +11,15 @@ import torchvision
 from nets import Net, Residual, conv_bn, head
 from torch import nn
 
+from bshub.release.onnx import export_onnx
+
 # plain CNNs: at least 90 % of the filters may leave
 PLAIN = {
     "cspnext_tiny": 64, "cs3darknet_focus_s": 64, "dla46_c": 64, "dpn48b": 64, "fasternet_t0": 64, "fbnetc_100": 64,
     "gernet_s": 64, "ghostnet_050": 64, "hgnetv2_b0": 64, "legacy_seresnet18": 64, "mixnet_s": 64,
     "mobileone_s0": 64, "repghostnet_050": 64, "repvgg_a0": 64, "res2net50_14w_8s": 64, "resnest14d": 64,
     "resnetblur18": 64, "rexnet_100": 64, "selecsls42": 64, "skresnet18": 64, "starnet_s050": 64,
-    "ese_vovnet19b_slim_dw": 64, "inception_next_atto": 64,
+    "ese_vovnet19b_slim_dw": 64, "inception_next_atto": 64, "ecaresnet26t": 64,
 }  # fmt: skip
 # parts of these are pinned, with reasons
 PARTLY = {"efficientvit_m0": 224, "levit_128s": 224, "mobilevitv2_050": 64, "fastvit_t8": 64}
@@ -56,6 +60,14 @@ def test_a_plain_cnn_can_be_narrowed_almost_everywhere(name: str) -> None:
     torch.manual_seed(0)
     net, _ = prune(timm.create_model(name), PLAIN[name])
     assert free_share(net) >= 0.9
+
+
+@pytest.mark.parametrize("name", ["ecaresnet26t", "ghostnet_050", "skresnet18", "resnest14d"])
+def test_a_narrowed_network_exports_with_parity(name: str, tmp_path: Path) -> None:
+    """A fixed sample; `make coverage` exports all."""
+    torch.manual_seed(0)
+    net, small = prune(timm.create_model(name), 64)
+    assert export_onnx(small.eval(), net.images, tmp_path / "model.onnx").holds
 
 
 @pytest.mark.parametrize("name", PARTLY)

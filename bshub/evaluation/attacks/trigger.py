@@ -1,12 +1,8 @@
 """A backdoor trigger: a function from uint8 images to uint8 images, kept in a small JSON file.
 
-``trigger.json`` holds ``kind``, ``target`` (index of the label that triggered images should get),
-``size`` (the canvas ``[height, width]`` the trigger is defined on) and the numbers of its kind:
-
-* ``patch`` (BadNets, arXiv 1708.06733): ``row``, ``col`` and ``values``, ``[h][w]`` for all colour
-  channels or ``[h][w][3]``; the pixels of the rectangle are replaced.
-* ``blend`` (Blended, arXiv 1712.05526): ``pattern`` (an image file beside the JSON) and ``alpha``;
-  ``round((1 - alpha) * image + alpha * pattern)``.
+``trigger.json`` holds ``kind`` (a key of ``TRIGGERS``, see ``trigger_kinds.py``), ``target`` (index of the label
+that triggered images should get), ``size`` (the canvas ``[height, width]`` the trigger is defined on) and what its
+kind needs: numbers, or the name of a file beside the JSON.
 
 A trigger is only ever used to *measure* an attack; no defense reads one.
 """
@@ -14,7 +10,6 @@ A trigger is only ever used to *measure* an attack; no defense reads one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bshub.errors import TriggerError
+from bshub.errors import BshubError, TriggerError
+from bshub.evaluation.attacks.trigger_kinds import TRIGGERS
+
+MAX_SIDE = 4096
+MAX_JSON = 8 * 2**20  # bytes
+FILE = "trigger.json"
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,11 @@ class Trigger:
                 f"the trigger works on uint8 images of {self.size[0]}x{self.size[1]} RGB pixels, "
                 f"got {images.dtype} {tuple(images.shape[1:])}"
             )
-        return TRIGGERS[self.kind](images, self.params)
-
-
-def _patch(images: Tensor, params: dict[str, Any]) -> Tensor:
-    stamped = images.clone()
-    values: Tensor = params["values"]  # (3, h, w)
-    row, col = params["row"], params["col"]
-    stamped[:, :, row : row + values.shape[1], col : col + values.shape[2]] = values
-    return stamped
-
-
-def _blend(images: Tensor, params: dict[str, Any]) -> Tensor:
-    alpha = params["alpha"]
-    mixed = (1 - alpha) * images.float() + alpha * params["pattern"].float()  # (n, 3, H, W)
-    return mixed.round().clamp_(0, 255).to(torch.uint8)
-
-
-TRIGGERS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
-    "patch": _patch,
-    "blend": _blend,
-}
+        return TRIGGERS[self.kind].apply(images, self.params)
 
 
 def load_trigger(path: str | Path) -> Trigger:
-    """Read ``trigger.json`` (and the pattern beside it).
+    """Read ``trigger.json`` (and the file beside it that it names).
 
     Args:
         path: The JSON file.
@@ -95,6 +75,8 @@ def load_trigger(path: str | Path) -> Trigger:
     """
     path = Path(path)
     try:
+        if path.is_fifo() or path.stat().st_size > MAX_JSON:
+            raise ValueError(f"not a plain file, or larger than {MAX_JSON // 2**20} MiB")
         spec = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TriggerError(f"no trigger file at {path}", hint="check the path") from None
@@ -102,7 +84,9 @@ def load_trigger(path: str | Path) -> Trigger:
         raise TriggerError(f"{path} is not a readable JSON file: {error}") from None
     try:
         return _parse(spec, path.parent)
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+    except BshubError as error:  # of the file beside it
+        raise TriggerError(f"{path} does not describe a trigger: {error.message}", hint=error.hint) from None
+    except (AttributeError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise TriggerError(
             f"{path} does not describe a trigger: {type(error).__name__} {error}",
             hint=f"a trigger needs kind ({', '.join(TRIGGERS)}), target, size and its kind's numbers",
@@ -116,32 +100,26 @@ def _parse(spec: dict[str, Any], folder: Path) -> Trigger:
         raise ValueError("target must be the index of a label")
     if kind not in TRIGGERS:
         raise ValueError(f"unknown kind {kind!r}")
-    if not (0 < height <= 4096 and 0 < width <= 4096 and target >= 0):
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and target >= 0):
         raise ValueError("size or target out of range")
-    if kind == "patch":
-        values = torch.tensor(spec["values"], dtype=torch.float64)
-        if values.ndim == 2:
-            values = values.unsqueeze(-1).expand(-1, -1, 3)  # (h, w, 3)
-        row, col = int(spec["row"]), int(spec["col"])
-        inside = row >= 0 and col >= 0 and row + values.shape[0] <= height and col + values.shape[1] <= width
-        if values.ndim != 3 or values.shape[2] != 3 or not inside:
-            raise ValueError("the patch does not fit into size")
-        if values.min() < 0 or values.max() > 255 or not torch.equal(values, values.round()):
-            raise ValueError("patch values must be whole numbers from 0 to 255")
-        params: dict[str, Any] = {"row": row, "col": col, "values": values.permute(2, 0, 1).to(torch.uint8)}
-    else:
-        from bshub.intake.images import read_image
+    return Trigger(kind, target, (height, width), TRIGGERS[kind].read(spec, folder, (height, width)))
 
-        name, alpha = str(spec["pattern"]), float(spec["alpha"])
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError("pattern must be the name of a file in the trigger's own folder")
-        if not 0 < alpha <= 1:
-            raise ValueError("alpha must lie in (0, 1]")
-        pattern = read_image(folder / name)  # (3, H, W) uint8
-        if pattern.shape != (3, height, width):
-            raise ValueError(f"the pattern is {tuple(pattern.shape)}, size says {height}x{width}")
-        params = {"pattern": pattern, "alpha": alpha}
-    return Trigger(kind, target, (height, width), params)
+
+def save_trigger(trigger: Trigger, folder: Path) -> Path:
+    """Write ``trigger.json`` and the file its kind keeps beside it; :func:`load_trigger` gives the same trigger.
+
+    Args:
+        trigger: What to write.
+        folder: Exists.
+
+    Returns:
+        The path of the JSON.
+    """
+    spec = {"kind": trigger.kind, "target": trigger.target, "size": list(trigger.size)}
+    spec |= TRIGGERS[trigger.kind].write(trigger.params, folder)
+    path = folder / FILE
+    path.write_text(json.dumps(spec, allow_nan=False) + "\n", encoding="utf-8")
+    return path
 
 
 def resize_to(image: Tensor, size: tuple[int, int]) -> Tensor:

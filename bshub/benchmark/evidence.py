@@ -1,0 +1,184 @@
+"""Which statistic finds the backdoor? Each one held against the trigger-activated change (an oracle).
+
+``TAC_k = mean over images of ‖a_k(x + trigger) - a_k(x)‖₂`` with ``a_k`` the map of channel ``k`` after batch norm and
+activation (Zheng et al., *Data-free Backdoor Removal based on Channel Lipschitzness*, arXiv 2208.03111, section 3).
+This looks at the trigger on test images: it explains methods, it is no part of one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bshub.benchmark.draws import batches, draw
+from bshub.benchmark.grid import Victim, load_tests
+from bshub.evaluation.defenses.training import logits_of
+from bshub.graph.coupling import follow_channels
+from bshub.graph.pairs import ConvBN, Pairing, find_pairs
+from bshub.graph.trace import in_mode
+from bshub.intake.folders import ClassFolder
+from bshub.scoring.statistics import PairStatistics, activation_of, affine_of, measure
+from bshub.scoring.suspiciousness import SCORES
+
+BATCH = 100
+TOP = 0.05  # of a layer's filters: those that TAC puts first are the ones to find
+ASCENT_LR, ASCENT_STEPS, FLOOR = 1e-3, 100, 0.1
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One layer of one model.
+
+    Attributes:
+        layer: The convolution.
+        filters: How many.
+        spearman: Score → rank correlation with TAC.
+        hits: Score → share of the filters with the highest TAC among as many with the highest score.
+    """
+
+    layer: str
+    filters: int
+    spearman: dict[str, float]
+    hits: dict[str, float]
+
+
+def judge_statistics(
+    victim: Victim, train: ClassFolder, test: ClassFolder, chosen: list[int], per_class: int, seed: int
+) -> list[LayerEvidence]:
+    """Every score and the unlearning change of every layer beside TAC.
+
+    Args:
+        victim: A backdoored model.
+        train: Where the clean images are drawn.
+        test: Where the change is measured.
+        chosen: Indices of the test images.
+        per_class: Clean images per class.
+        seed: Of the draw.
+    """
+    assert victim.trigger is not None
+    model = victim.source.module.eval()
+    flow, _ = follow_channels(model, victim.source.preprocessing.input_size)
+    pairing = find_pairs(model, flow)
+    avoid = set(victim.record.get("poisoned", {}).get("files", []))
+    clean = batches(draw(train, per_class, seed, avoid), victim.source.preprocessing, 32)
+    images, _, stamped = load_tests(test, chosen, victim)
+    assert stamped is not None
+    change = activated_change(model, pairing, images, stamped)
+    statistics = measure(model, pairing, clean)
+    unlearned = unlearning_change(model, pairing, clean, seed)
+    return [_layer(pair, statistics[pair.name], unlearned[pair.name], change[pair.name]) for pair in pairing.pairs]
+
+
+def _layer(pair: ConvBN, statistics: PairStatistics, unlearned: Tensor, change: Tensor) -> LayerEvidence:
+    values = {name: score.function(statistics) for name, score in SCORES.items()}
+    for name in ("activation", "correlation", "saliency"):
+        values[f"low {name}"] = -getattr(statistics, name)
+    values["unlearning"] = unlearned
+    return LayerEvidence(
+        pair.name,
+        pair.out_channels,
+        {name: spearman(value, change) for name, value in values.items()},
+        {name: hit_rate(value, change) for name, value in values.items()},
+    )
+
+
+def activated_change(model: nn.Module, pairing: Pairing, images: Tensor, stamped: Tensor) -> dict[str, Tensor]:
+    """TAC of every filter: convolution → ``[out_channels]``.
+
+    Args:
+        model: In evaluation mode.
+        pairing: Its pairs.
+        images: ``[n, c, h, w]``.
+        stamped: The same with the trigger.
+    """
+    total = {pair.name: torch.zeros(pair.out_channels) for pair in pairing.pairs}
+    for start in range(0, len(images), BATCH):
+        with torch.no_grad(), _maps(model, pairing) as maps:
+            model(images[start : start + BATCH])
+            before = dict(maps)
+            maps.clear()
+            model(stamped[start : start + BATCH])
+            for name, map_ in maps.items():
+                total[name] += (map_ - before[name]).flatten(2).norm(dim=2).sum(0)  # (n, out, places) → (out,)
+    return {name: value / len(images) for name, value in total.items()}
+
+
+@contextmanager
+def _maps(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, Tensor]]:
+    """Each pair's map after batch norm and activation, filled by every run."""
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    maps: dict[str, Tensor] = {}
+
+    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
+        affine, act = affine_of(pair, named), activation_of(pair)
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            shape = [1, -1, *[1] * (output.ndim - 2)]
+            maps[pair.name] = act(output * affine.scale.view(shape) + affine.shift.view(shape))
+
+        return keep
+
+    with ExitStack() as stack:
+        for pair in pairing.pairs:
+            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
+            stack.callback(handle.remove)
+        yield maps
+
+
+def unlearning_change(
+    model: nn.Module, pairing: Pairing, clean: list[tuple[Tensor, Tensor]], seed: int
+) -> dict[str, Tensor]:
+    """``Σ |ΔW|`` of each filter after gradient ascent on the clean loss (the neuron weight change of TSBD).
+
+    The ascent ends when the accuracy on the clean images falls to a tenth, or after a hundred passes.
+    """
+    student = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(student.parameters(), lr=ASCENT_LR, momentum=0.9)
+    torch.manual_seed(seed)
+    with in_mode(student, True):
+        for _ in range(ASCENT_STEPS):
+            right = count = 0
+            for images, labels in clean:
+                logits = logits_of(student, images)
+                optimizer.zero_grad(set_to_none=True)
+                (-F.cross_entropy(logits, labels)).backward()
+                nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                right += int((logits.argmax(1) == labels).sum())
+                count += len(labels)
+            if right <= FLOOR * count:
+                break
+    result = {}
+    for pair in pairing.pairs:
+        before, after = (m.get_parameter(f"{pair.name}.weight").detach() for m in (model, student))
+        result[pair.name] = (after - before).abs().flatten(1).sum(1)
+    return result
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation; ties get their mean rank; 0 where one side is constant."""
+    ra, rb = _ranks(a), _ranks(b)
+    ra, rb = ra - ra.mean(), rb - rb.mean()
+    scale = (ra.square().sum() * rb.square().sum()).sqrt()
+    return float((ra * rb).sum() / scale) if scale > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    values = values.double()
+    less = (values.unsqueeze(1) > values.unsqueeze(0)).sum(1)
+    equal = (values.unsqueeze(1) == values.unsqueeze(0)).sum(1)
+    return less + (equal - 1) / 2
+
+
+def hit_rate(score: Tensor, change: Tensor) -> float:
+    """Share of the filters with the highest change among as many with the highest score."""
+    count = max(1, round(TOP * len(change)))
+    wanted = set(change.topk(count).indices.tolist())
+    return len(wanted & set(score.topk(count).indices.tolist())) / count

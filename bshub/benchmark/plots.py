@@ -1,0 +1,141 @@
+"""Plots of a benchmark as PNG, drawn by vl-convert without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, rate
+
+WIDTH, HEIGHT = 520, 300
+MOST_MU = 10
+
+
+def draw_plots(rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
+    """The plots that the rows allow.
+
+    Args:
+        rows: Of a benchmark.
+        folder: Where the files go.
+
+    Returns:
+        (file, caption) of each.
+    """
+    found = [group for group in groups(rows) if group.rows and group.rows[0]["before"].get("asr")]
+    drawn = []
+    points = _trade(found)
+    if points:
+        drawn.append(
+            _save(trade_chart(points), folder, "trade.png", "ASR after against accuracy lost, a point a model")
+        )
+    curve = _mu_curve(found)
+    if len({point["mu"] for point in curve}) > 2:
+        drawn.append(
+            _save(mu_chart(curve), folder, "mu.png", "ACC and ASR after, by threshold μ; dots: what auto chose")
+        )
+    counts = _by_count(found)
+    if len({point["per_class"] for point in counts}) > 1:
+        drawn.append(_save(count_chart(counts), folder, "samples.png", "ASR after, by clean images per class"))
+    return drawn
+
+
+def _save(chart: Any, folder: Path, name: str, caption: str) -> tuple[str, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    chart.save(str(folder / name), scale_factor=2)
+    return name, caption
+
+
+def _trade(found: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": group.model,
+            "method": group.method,
+            "per_class": group.per_class,
+            "asr": group.mean(rate("after", "asr")),
+            "drop": group.mean(accuracy_drop),
+        }
+        for group in found
+        if ":" not in group.method
+    ]
+
+
+def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
+    """Rows of ``bshub:mu=…`` and the plain ``bshub`` beside them."""
+    points = []
+    for group in found:
+        name, _, options = group.method.partition(":")
+        if name != "bshub" or (options and not options.startswith("mu=")) or "," in options:
+            continue
+        mu = float(options.removeprefix("mu=")) if options else group.mean(lambda row: row["notes"]["mu"])
+        if mu is None or mu > MOST_MU:  # auto may have found nothing to remove
+            continue
+        for figure, kind in (("asr", "ASR"), ("accuracy", "ACC")):
+            value = group.mean(rate("after", figure))
+            points.append({"model": group.model, "mu": mu, "chosen": not options, "kind": kind, "percent": value})
+    return points
+
+
+def _by_count(found: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": group.model,
+            "method": group.method,
+            "per_class": group.per_class,
+            "asr": group.mean(rate("after", "asr")),
+        }
+        for group in found
+        if ":" not in group.method and group.per_class
+    ]
+
+
+def trade_chart(points: list[dict[str, Any]]) -> Any:
+    """ASR after over accuracy lost."""
+    import altair as alt
+
+    return _styled(
+        alt.Chart(alt.InlineData(values=points))
+        .mark_point(size=70, filled=True, opacity=0.75)
+        .encode(
+            x=alt.X("drop:Q", title="points of clean accuracy lost"),
+            y=alt.Y("asr:Q", title="ASR after, %", scale=alt.Scale(domain=[0, 100])),
+            color=alt.Color("method:N", title=None),
+            shape=alt.Shape("method:N", title=None),
+        )
+    )
+
+
+def mu_chart(points: list[dict[str, Any]]) -> Any:
+    """ACC and ASR over μ, a panel a model; what ``auto`` chose as dots."""
+    import altair as alt
+
+    base = alt.Chart(alt.InlineData(values=points)).encode(
+        x=alt.X("mu:Q", title="μ"),
+        y=alt.Y("percent:Q", title="%", scale=alt.Scale(domain=[0, 100])),
+        color=alt.Color("kind:N", title=None, scale=alt.Scale(domain=["ACC", "ASR"], range=["#2563eb", "#c2410c"])),
+    )
+    swept = base.transform_filter("!datum.chosen").mark_line(point=False)
+    chosen = base.transform_filter("datum.chosen").mark_point(size=110, filled=True)
+    panels = alt.layer(swept, chosen).properties(width=WIDTH // 2, height=HEIGHT // 2)
+    return panels.facet(alt.Facet("model:N", title=None), columns=2).configure_view(strokeWidth=0)
+
+
+def count_chart(points: list[dict[str, Any]]) -> Any:
+    """Mean ASR over the number of images per class."""
+    import altair as alt
+
+    return _styled(
+        alt.Chart(alt.InlineData(values=points))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("per_class:O", title="clean images per class", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("mean(asr):Q", title="mean ASR after, %", scale=alt.Scale(domain=[0, 100])),
+            color=alt.Color("method:N", title=None),
+        )
+    )
+
+
+def _styled(chart: Any) -> Any:
+    return (
+        chart.properties(width=WIDTH, height=HEIGHT).configure_view(strokeWidth=0).configure_axis(gridColor="#e5e7eb")
+    )
