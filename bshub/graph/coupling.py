@@ -14,6 +14,7 @@ from torch import fx, nn
 from bshub.errors import TraceError
 from bshub.graph.call import Call, Result
 from bshub.graph.channels import Channels, Ints, Lane, Traveller
+from bshub.graph.pause import collector_paused
 from bshub.graph.rules import OP_RULES
 from bshub.graph.rules_elementwise import refuse
 from bshub.graph.trace import Recording, overwritten, record
@@ -71,6 +72,7 @@ class ChannelFlow:
     unseen: tuple[str, ...] = ()
 
 
+@collector_paused()
 def follow_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[ChannelFlow, Recording]:
     """Record the model and follow its channels.
 

@@ -7,6 +7,7 @@ the common case goes the usual way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,17 +36,69 @@ def shape_of(func: Any, args: tuple[Any, ...]) -> Any:
     if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
         return None
     if func in UNARY:
-        return torch.empty_like(first)
+        return torch.empty_like(first) if first.is_contiguous() else None
     if func in IN_PLACE:
         return first
     if func in BINARY or func in BINARY_IN_PLACE:
         return _binary(func, first, args[1])
-    if (
-        func is aten.native_batch_norm.default and args[5] is False
-    ):  # evaluation: nothing is written to the running statistics
-        saved = first.new_empty(first.shape[1])
-        return torch.empty_like(first), saved, saved.clone()
+    if func is aten.convolution.default:
+        return _convolution(*args)
+    if func is aten.mean.dim:
+        return _mean(*args)
+    if func is aten.native_batch_norm.default:
+        return _batch_norm(first, args[1:5], args[5])
     return None
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    extra: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """``(n, out, ⌊(size + 2·padding - dilation·(kernel - 1) - 1) / stride⌋ + 1, …)``; what does not fit is not ours."""
+    out, of_group, *kernel = weight.shape
+    rank = len(kernel)
+    fits = x.ndim == rank + 2 and x.shape[1] == of_group * groups and (bias is None or bias.shape == (out,))
+    if transposed or not fits or out % groups or not x.is_contiguous() or x.dtype != weight.dtype:
+        return None
+    if not len(stride) == len(padding) == len(dilation) == rank:
+        return None
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], out, *sizes)) if min(sizes) > 0 else None
+
+
+def _mean(x: Tensor, dims: Sequence[int] | None, keep: bool = False) -> Tensor | None:
+    """``x`` without the axes ``dims``, or with them at size 1."""
+    if not dims or not all(-x.ndim <= dim < x.ndim for dim in dims):
+        return None
+    reduced = {dim % x.ndim for dim in dims}
+    if len(reduced) < len(dims):
+        return None
+    if keep:
+        return x.new_empty([1 if axis in reduced else size for axis, size in enumerate(x.shape)])
+    return x.new_empty([size for axis, size in enumerate(x.shape) if axis not in reduced])
+
+
+def _batch_norm(x: Tensor, numbers: Sequence[Tensor | None], training: bool) -> tuple[Tensor, ...] | None:
+    """In evaluation no running statistic is written; numbers of another width are not ours."""
+    if (
+        training
+        or x.ndim < 2
+        or not x.is_contiguous()
+        or not all(tensor is None or tensor.shape == x.shape[1:2] for tensor in numbers)
+    ):
+        return None
+    saved = x.new_empty(x.shape[1])
+    return torch.empty_like(x), saved, saved.clone()
 
 
 def _binary(func: Any, a: Tensor, b: Any) -> Tensor | None:

@@ -116,21 +116,20 @@ class _Recorder(TorchDispatchMode):
         result = shape_of(func, args) if not kwargs else None
         if result is None:
             result = func(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
-            node = self.graph.call_function(
-                func, self._argument(args), {key: self._argument(value) for key, value in kwargs.items()}
-            )
-            node.meta["module"] = self.scope[-1]
-            if isinstance(result, Tensor):
-                self._bind(result, node, None)
-                node.meta["shape"] = tuple(result.shape)
-                if func._schema.is_mutable:
-                    self._mark_overwritten(result, node)
-            elif isinstance(result, (list, tuple)):
-                node.meta["shape"] = tuple(tuple(t.shape) if isinstance(t, Tensor) else () for t in result)
-                for index, item in enumerate(result):
-                    if isinstance(item, Tensor):
-                        self._bind(item, node, index)
+        given = self._argument(args), {key: self._argument(value) for key, value in kwargs.items()}
+        node = self.graph.call_function(func)
+        node.args, node.kwargs = given  # set afterwards: creating a node walks its arguments in Python
+        node.meta["module"] = self.scope[-1]
+        if isinstance(result, Tensor):
+            self._bind(result, node, None)
+            node.meta["shape"] = tuple(result.shape)
+            if func._schema.is_mutable:
+                self._mark_overwritten(result, node)
+        elif isinstance(result, (list, tuple)):
+            node.meta["shape"] = tuple(tuple(t.shape) if isinstance(t, Tensor) else () for t in result)
+            for index, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    self._bind(item, node, index)
         return result
 
     def _refuse_decision(self, args: Any) -> None:

@@ -43,27 +43,29 @@ def mirrored_attributes(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -
         Module → attribute → new values.
     """
     found: Choices = {}
+    sizes = _Sizes(gone)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn.") or isinstance(module, (_ConvNd, _NormBase, nn.Linear)):
             continue  # described by their own tensors, or by numbers that mean space
+        widths = {key: value for key, value in vars(module).items() if key[0] != "_" and WIDTH_NAME.search(key)}
+        if not widths:
+            continue
         children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-        taken = _resized(flow.widths_in, [name], gone)
-        given = _resized(flow.widths_out, [name], gone)
+        taken = _resized(flow.widths_in, [name], sizes)
+        given = _resized(flow.widths_out, [name], sizes)
         rest = [
-            *_resized(flow.widths_inside, [name], gone),
-            *_resized(flow.widths_out, children[::-1], gone),
-            *_resized(flow.widths_in, children[::-1], gone),
+            *_resized(flow.widths_inside, [name], sizes),
+            *_resized(flow.widths_out, children[::-1], sizes),
+            *_resized(flow.widths_in, children[::-1], sizes),
         ]
         if not (taken or given or rest):
             continue
-        for attribute, value in vars(module).items():
-            if attribute.startswith("_") or not WIDTH_NAME.search(attribute):
-                continue
+        for attribute, value in widths.items():
             sides = [taken, given] if attribute.startswith("in") else [given, taken]
             candidates = _follow(value, [*sides[0], *sides[1], *rest])
             if candidates:
                 found.setdefault(name, {})[attribute] = candidates
-    info = _feature_info(model, flow, gone)
+    info = _feature_info(model, flow, sizes)
     if info is not None:
         found.setdefault("", {})["feature_info"] = [info]
     return found
@@ -106,12 +108,22 @@ def _next_candidate(model: nn.Module, choices: Choices, left: dict[tuple[str, st
     return False
 
 
-def _resized(widths: dict[str, list[Ints]], modules: list[str], gone: np.ndarray) -> list[tuple[int, int]]:
-    """(old width, new width) of the axes at these modules; an axis that kept its width counts too."""
-    pairs = [
-        (len(slots), int((~gone[slots]).sum())) for module in modules for slots in reversed(widths.get(module, []))
-    ]
-    return list(dict.fromkeys(pairs))
+class _Sizes:
+    """(old width, new width) of an axis; many axes share one array of variables, which is counted once."""
+
+    def __init__(self, gone: np.ndarray) -> None:
+        self._stays = ~gone
+        self._known: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, slots: Ints) -> tuple[int, int]:
+        if id(slots) not in self._known:
+            self._known[id(slots)] = len(slots), int(np.count_nonzero(self._stays[slots]))
+        return self._known[id(slots)]
+
+
+def _resized(widths: dict[str, list[Ints]], modules: list[str], sizes: _Sizes) -> list[tuple[int, int]]:
+    """The different sizes of the axes at these modules; an axis that kept its width counts too."""
+    return list(dict.fromkeys(sizes(slots) for module in modules for slots in reversed(widths.get(module, []))))
 
 
 def _follow(value: Any, known: list[tuple[int, int]]) -> list[Any]:
@@ -126,13 +138,13 @@ def _follow(value: Any, known: list[tuple[int, int]]) -> list[Any]:
     return lists if lists != [value] else []
 
 
-def _feature_info(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -> list[dict[str, Any]] | None:
+def _feature_info(model: nn.Module, flow: ChannelFlow, sizes: _Sizes) -> list[dict[str, Any]] | None:
     """timm's list of feature levels, one record each with ``num_chs`` and ``module``."""
     info = getattr(model, "feature_info", None)
     if not (isinstance(info, list) and all(isinstance(record, dict) for record in info)):
         return None
     renewed = []
     for level in info:
-        known = dict(_resized(flow.widths_out, [str(level.get("module"))], gone))
+        known = dict(_resized(flow.widths_out, [str(level.get("module"))], sizes))
         renewed.append({**level, "num_chs": known.get(level["num_chs"], level["num_chs"])})
     return renewed if renewed != info else None

@@ -19,7 +19,7 @@ from bshub.surgery.mirrors import WIDTH_NAME, mirrored_attributes, settle
 
 def zero_silenced(model: nn.Module, zeroed: Mapping[str, Sequence[int]]) -> None:
     """Silence the flagged filters that stay: rows, bias, batch-norm scale and shift become zero, in place."""
-    tensors = named_tensors(model)
+    tensors = named_tensors(model) if zeroed else {}
     with torch.no_grad():
         for name, index in zeroed.items():
             if name in tensors:  # a convolution before a batch norm rarely has a bias

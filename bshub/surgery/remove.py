@@ -7,8 +7,7 @@ bisection, kept in place (their filters silenced) and reported.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,10 @@ from bshub.errors import SurgeryError
 from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import Pairing
+from bshub.graph.pause import collector_paused
 from bshub.scoring.plan import RemovalPlan, make_plan
-from bshub.surgery.narrow import named_tensors, narrow, zero_columns, zero_silenced
+from bshub.surgery.copying import copy_sharing
+from bshub.surgery.narrow import narrow, zero_columns, zero_silenced
 from bshub.surgery.proof import Proof, compare
 
 
@@ -45,18 +46,10 @@ class Removal:
 
 def silence(model: nn.Module, plan: RemovalPlan) -> nn.Module:
     """The original with the plan's effect but no change of shape: the masked model of the proof."""
-    masked = _copy_sharing(model, lambda name: name not in plan.columns and name not in plan.zeroed)
+    masked = copy_sharing(model, lambda name: name not in plan.columns and name not in plan.zeroed)
     zero_silenced(masked, plan.zeroed)
     zero_columns(masked, plan)
     return masked
-
-
-def _copy_sharing(model: nn.Module, shared: Callable[[str], bool]) -> nn.Module:
-    """A copy in evaluation mode; tensors that nobody will write into, or that are cut right away, are not copied."""
-    tensors = named_tensors(model)
-    own = {id(tensor) for name, tensor in tensors.items() if not shared(name)}  # by any of its names
-    memo = {id(tensor): tensor for tensor in tensors.values() if id(tensor) not in own}
-    return copy.deepcopy(model, memo).eval()
 
 
 def remove(
@@ -95,12 +88,13 @@ def remove(
     return Removal(attempt.model, attempt.plan, attempt.attributes, attempt.proof, [kept])
 
 
+@collector_paused()
 def narrowed_copy(
     model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, input_size: tuple[int, int, int]
 ) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
     """The smaller model, unproved, and its changed attributes."""
     cut = set(plan.kept)
-    small = _copy_sharing(model, cut.__contains__)
+    small = copy_sharing(model, cut.__contains__)
     attributes = narrow(small, plan, flow, input_size)
     zero_silenced(small, plan.zeroed_after())
     return small, attributes
