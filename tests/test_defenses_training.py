@@ -128,6 +128,20 @@ def test_one_step_of_fine_tuning_is_the_sgd_step_of_the_cross_entropy() -> None:
         assert torch.equal(wanted, found), name
 
 
+def test_the_learning_rate_falls_along_a_cosine_over_the_epochs() -> None:
+    model, clean = fresh(), clean_images()
+    tuned = ft(model, clean, SETTINGS, epochs=3, lr=0.1, momentum=0.0, weight_decay=0.0)
+    oracle, generator = copy.deepcopy(model).train(), torch.Generator().manual_seed(SETTINGS.seed)
+    for lr in (0.1, 0.075, 0.025):  # 0.1 · (1 + cos(π e / 3)) / 2
+        images, labels = next(epoch_batches(clean, SETTINGS, generator))
+        gradients = torch.autograd.grad(F.cross_entropy(oracle(images), labels), list(oracle.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(oracle.parameters(), gradients, strict=True):
+                parameter -= lr * gradient
+    for (name, wanted), found in zip(oracle.named_parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, msg=name)
+
+
 def test_fine_tuning_lowers_the_loss() -> None:
     with working_copy(fresh(), SETTINGS) as (student, generator):
         recipe = {"epochs": 30, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -204,6 +218,7 @@ def test_fine_pruning_without_tolerance_is_fine_tuning(trained: Residual) -> Non
 
 
 def test_a_flattened_map_loses_every_place_of_a_silenced_channel() -> None:
+    torch.manual_seed(0)
     model = randomize_batch_norm(vgg_like())
     pruned = fine_pruning(model, clean_images(), SETTINGS, tolerance=1.5, epochs=1)
     gone = torch.nonzero(pruned[4][1].weight == 0).flatten().tolist()
@@ -453,6 +468,11 @@ def test_one_step_of_ft_sam_goes_from_the_weights_along_the_gradient_of_their_wo
         torch.testing.assert_close(found, w - 0.1 * (g + 0.01 * w), msg=name)
     for (name, wanted), found in zip(here.named_buffers(), tuned.buffers(), strict=True):
         assert torch.equal(wanted, found), name  # the neighbour's statistics leave no trace
+
+
+def test_ft_sam_without_a_neighbourhood_is_fine_tuning() -> None:
+    still = ft_sam(fresh(), clean_images(), SETTINGS, rho=0.0, smoothing=0.0, epochs=3)
+    assert same(snapshot(still), snapshot(ft(fresh(), clean_images(), SETTINGS, epochs=3)))
 
 
 def test_smoothing_spreads_the_label_over_the_other_classes() -> None:
