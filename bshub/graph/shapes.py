@@ -7,7 +7,7 @@ the common case goes the usual way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,22 +32,18 @@ BINARY_IN_PLACE = {aten.add_.Tensor, aten.mul_.Tensor}
 
 def shape_of(func: Any, args: tuple[Any, ...]) -> Any:
     """The meta result of ``func(*args)``, or None where it must be asked itself."""
-    first = args[0] if args else None
-    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+    rule = _RULES.get(func)
+    if rule is None or not isinstance(args[0], Tensor) or not args[0].is_meta or not args[0].is_floating_point():
         return None
-    if func in UNARY:
-        return torch.empty_like(first) if first.is_contiguous() else None
-    if func in IN_PLACE:
-        return first
-    if func in BINARY or func in BINARY_IN_PLACE:
-        return _binary(func, first, args[1])
-    if func is aten.convolution.default:
-        return _convolution(*args)
-    if func is aten.mean.dim:
-        return _mean(*args)
-    if func is aten.native_batch_norm.default:
-        return _batch_norm(first, args[1:5], args[5])
-    return None
+    return rule(*args)
+
+
+def _same(x: Tensor, *options: Any) -> Tensor | None:
+    return torch.empty_like(x) if x.is_contiguous() else None
+
+
+def _itself(x: Tensor, *options: Any) -> Tensor:
+    return x
 
 
 def _convolution(
@@ -88,24 +84,43 @@ def _mean(x: Tensor, dims: Sequence[int] | None, keep: bool = False) -> Tensor |
     return x.new_empty([size for axis, size in enumerate(x.shape) if axis not in reduced])
 
 
-def _batch_norm(x: Tensor, numbers: Sequence[Tensor | None], training: bool) -> tuple[Tensor, ...] | None:
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    *options: float,
+) -> tuple[Tensor, ...] | None:
     """In evaluation no running statistic is written; numbers of another width are not ours."""
-    if (
-        training
-        or x.ndim < 2
-        or not x.is_contiguous()
-        or not all(tensor is None or tensor.shape == x.shape[1:2] for tensor in numbers)
-    ):
+    if training or x.ndim < 2 or not x.is_contiguous():
+        return None
+    if not all(tensor is None or tensor.shape == x.shape[1:2] for tensor in (weight, bias, mean, variance)):
         return None
     saved = x.new_empty(x.shape[1])
     return torch.empty_like(x), saved, saved.clone()
 
 
-def _binary(func: Any, a: Tensor, b: Any) -> Tensor | None:
+def _sum(a: Tensor, b: Any, *options: Any) -> Tensor | None:
+    """Operands of one dtype, the second no larger than the first."""
+    if not isinstance(b, Tensor) or b.dtype != a.dtype or not b.is_meta or not a.is_contiguous():
+        return None
+    return torch.empty_like(a) if torch.broadcast_shapes(a.shape, b.shape) == a.shape else None
+
+
+def _sum_in_place(a: Tensor, b: Any, *options: Any) -> Tensor | None:
     if not isinstance(b, Tensor) or b.dtype != a.dtype or not b.is_meta:
         return None
-    if torch.broadcast_shapes(a.shape, b.shape) != a.shape:
-        return None
-    if func in BINARY_IN_PLACE:
-        return a
-    return torch.empty_like(a) if a.is_contiguous() else None
+    return a if torch.broadcast_shapes(a.shape, b.shape) == a.shape else None
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(UNARY, _same),
+    **dict.fromkeys(IN_PLACE, _itself),
+    **dict.fromkeys(BINARY, _sum),
+    **dict.fromkeys(BINARY_IN_PLACE, _sum_in_place),
+    aten.convolution.default: _convolution,
+    aten.mean.dim: _mean,
+    aten.native_batch_norm.default: _batch_norm,
+}

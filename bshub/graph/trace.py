@@ -106,7 +106,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self.node_of(value)
         if isinstance(value, (list, tuple)):
-            return type(value)(self._argument(v) for v in value)
+            return type(value)([self._argument(v) for v in value])
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,12 +197,14 @@ def _following_modules(
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module in training or evaluation mode; restore each module's own flag afterwards."""
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if any(flag != training for _, flag in before):
+        model.train(training)
     try:
         yield
     finally:
         for module, flag in before:
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
 
 
 def record(model: nn.Module, input_size: tuple[int, int, int], *, training: bool = False) -> Recording:

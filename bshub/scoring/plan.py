@@ -158,11 +158,15 @@ def _cuts(
         contracted[slots] = True
     kept: dict[str, dict[int, list[int]]] = {}
     columns: dict[str, dict[int, list[int]]] = {}
+    stays: dict[bytes, list[int]] = {}  # a filter, its bias and its batch norm keep the same indices: one list for all
     for name, axes in flow.channels.axes.items():
         for axis, slots in enumerate(axes):
             lost = gone[slots]
             if lost.any():
-                kept.setdefault(name, {})[axis] = np.flatnonzero(~lost).tolist()
+                same = lost.tobytes()
+                if same not in stays:
+                    stays[same] = np.flatnonzero(~lost).tolist()
+                kept.setdefault(name, {})[axis] = stays[same]
                 read = np.flatnonzero(lost & contracted[slots])
                 if len(read):
                     columns.setdefault(name, {})[axis] = read.tolist()

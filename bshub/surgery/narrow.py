@@ -52,6 +52,7 @@ def narrow(
         Module → attribute → new value, for each plain attribute that had to follow.
     """
     replaced: dict[int, nn.Parameter] = {}  # a shared parameter stays shared
+    indices: dict[tuple[int, torch.device], Tensor] = {}  # by list: many tensors keep the same places
     old_shapes: dict[str, dict[str, torch.Size]] = {}
     for owner_name, module in model.named_modules():
         for store in (module._parameters, module._buffers):
@@ -61,7 +62,7 @@ def narrow(
                     continue
                 old_shapes.setdefault(owner_name, {})[leaf] = tensor.shape
                 if id(tensor) not in replaced:
-                    smaller = _keep(tensor.detach(), plan.kept[full])
+                    smaller = _keep(tensor.detach(), plan.kept[full], indices)
                     if isinstance(tensor, nn.Parameter):
                         smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
                     replaced[id(tensor)] = smaller  # type: ignore[assignment]
@@ -83,9 +84,12 @@ def _changed(found: dict[str, list[Any]], before: dict[str, Any]) -> dict[str, A
     return {key: values[0] for key, values in found.items() if values[0] != before[key]}
 
 
-def _keep(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
+def _keep(tensor: Tensor, axes: dict[int, list[int]], indices: dict[tuple[int, torch.device], Tensor]) -> Tensor:
     for axis, index in axes.items():
-        tensor = tensor.index_select(axis, torch.tensor(index, device=tensor.device))
+        key = id(index), tensor.device
+        if key not in indices:
+            indices[key] = torch.tensor(index, device=tensor.device)
+        tensor = tensor.index_select(axis, indices[key])
     return tensor.contiguous()
 
 
