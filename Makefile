@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint results coverage coverage-speed round-trip lock clean
+.PHONY: help setup demo test lint fuzz results coverage coverage-speed round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -45,6 +45,9 @@ lint: setup ## ruff, mypy and the import contracts
 	@$(BIN)/mypy bshub
 	@$(BIN)/lint-imports --no-logo
 
+fuzz: setup ## ten minutes of atheris on the three intakes; what it finds lies in tests/fuzz-findings
+	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m fuzz 600
+
 results: setup ## rewrite docs/results.md from the models of the shared folder
 	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md
 
@@ -59,7 +62,7 @@ round-trip: setup ## sanitize six networks, publish them to a Hub on this machin
 
 # torch and torchvision are compiled against each other: they are raised together or not at all.
 lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit
-	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev \
+	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev --extra sign \
 	    -o requirements.lock pyproject.toml
 	@echo uv | $(BIN)/uv pip compile --quiet $(LOCK_FLAGS) -o requirements-uv.lock -
 

@@ -18,6 +18,9 @@ An error carries its cause as text and, where one exists, the next command to ty
 
 from __future__ import annotations
 
+import os
+import re
+
 __all__ = [
     "BshubError",
     "CheckpointError",
@@ -32,7 +35,11 @@ __all__ = [
     "TriggerError",
     "UsageError",
     "printable",
+    "redacted",
 ]
+
+_TOKEN = re.compile(r"\bhf_\w{20,}|\beyJ[\w-]+\.[\w.-]+|(?i:\bbearer\s+)\S+|(?<=//)[^/@\s]+@")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 
 
 def printable(text: object, limit: int = 400) -> str:
@@ -44,6 +51,18 @@ def printable(text: object, limit: int = 400) -> str:
     """
     safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def redacted(text: str) -> str:
+    """Text without secrets: what looks like a token, and the values of the environment's own.
+
+    Args:
+        text: Anything that is about to be shown, such as a traceback.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    return _TOKEN.sub("***", text)
 
 
 class BshubError(Exception):

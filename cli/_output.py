@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from bshub.errors import printable
 
 
 class Bars:
@@ -51,7 +52,9 @@ class Bars:
 
 def print_json(report: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    from bshub.files import json_text
+
+    typer.echo(json_text(report), nl=False)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -66,7 +69,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -78,7 +81,21 @@ def say(text: str) -> None:
 def print_warnings(warnings: list[str]) -> None:
     """Warnings on stderr."""
     for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {printable(warning)}", err=True)
+
+
+def say_images(report: dict[str, Any]) -> None:
+    """Which rule gave the labels, what the image policy changed or left out, and where settings came from."""
+    images, labels = report.get("images") or {}, report["model"]["labels"]
+    if labels:
+        say(f"labels: {printable(labels)}")
+    if images.get("converted"):
+        say("converted: " + ", ".join(f"{count} {printable(what)}" for what, count in images["converted"].items()))
+    if images.get("unreadable"):
+        names = [printable(name, 40) for name in images["unreadable"]]
+        say(f"unreadable, left out: {', '.join(names[:5])}" + (", …" if len(names) > 5 else ""))
+    if "settings_file" in report:
+        say(f"settings: from {printable(report['settings_file'], 80)}")
 
 
 def seconds_text(seconds: dict[str, float]) -> str:

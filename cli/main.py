@@ -5,9 +5,15 @@ from __future__ import annotations
 import typer
 
 from bshub import __version__
+from bshub_cli.attack import attack
+from bshub_cli.bench import bench
 from bshub_cli.evaluate import evaluate
+from bshub_cli.export import export
+from bshub_cli.gate import gate
+from bshub_cli.publish import publish
 from bshub_cli.sanitize import sanitize
 from bshub_cli.scan import scan
+from bshub_cli.verify import verify
 
 app = typer.Typer(
     name="bshub",
@@ -35,3 +41,9 @@ def main(
 app.command()(sanitize)
 app.command()(scan)
 app.command()(evaluate)
+app.command()(export)
+app.command()(publish)
+app.command()(attack)
+app.command()(bench)
+app.command()(gate)
+app.command()(verify)

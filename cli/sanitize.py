@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from bshub.errors import printable
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, big, mega, print_json, print_table, print_warnings, say, seconds_text
+from bshub_cli._output import Bars, big, mega, print_json, print_table, print_warnings, say, say_images, seconds_text
 
 
 def sanitize(
@@ -22,6 +23,12 @@ def sanitize(
     trigger: options.TriggerFile = None,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
+    classes: options.Classes = None,
+    unlabelled: options.Unlabelled = False,
+    method: Annotated[
+        str, typer.Option(help="bshub, paper, or a baseline: anp, awm, bnp, clp, ft, … (for comparison).")
+    ] = "bshub",
+    effort: Annotated[float, typer.Option(help="Share of a baseline's published iterations.")] = 1.0,
     score: options.ScoreName = "lipschitz",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
@@ -32,14 +39,32 @@ def sanitize(
     ] = 0.002,
     batch_size: options.BatchSize = 32,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and compare ONNX.")] = True,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Also write dense/: the same function at the original shapes.")
+    ] = False,
+    page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and plots/.")] = True,
+    thumbnails: Annotated[
+        bool | None,
+        typer.Option(
+            "--thumbnails/--no-thumbnails",
+            help="Show clean images in report.html. [default: unless --push-to is given]",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="Private key, PEM on P-256, P-384 or P-521, that signs the receipt."),
+    ] = None,
     push_to: Annotated[str | None, typer.Option(help="Publish the result to this Hub repository.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
+    private: options.Private = False,
+    create_pr: options.CreatePr = False,
     device: options.Device = "auto",
     seed: options.Seed = 0,
+    config: options.Config = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -51,8 +76,11 @@ def sanitize(
     with reported(debug):
         from bshub.commands import Inputs, sanitize_to_folder
         from bshub.settings import Settings
+        from bshub.writing import Wishes
 
         settings = Settings(
+            method=method,
+            effort=effort,
             score=score,
             mu=options.parse_mu(mu),
             budget=budget,
@@ -65,13 +93,14 @@ def sanitize(
         )
         folder = output or Path("sanitized") / _name(model)
         report = sanitize_to_folder(
-            Inputs(model, arch, num_classes, clean_dir, test_dir, trigger),
+            Inputs(model, arch, num_classes, clean_dir, test_dir, trigger, classes, unlabelled, config),
             settings,
             None if dry_run else folder,
             overwrite=overwrite,
-            onnx=onnx,
+            wishes=Wishes(onnx, dense, page, thumbnails, key=sign),
             push_to=push_to,
             private=private,
+            create_pr=create_pr,
             progress=Bars(quiet or as_json),
         )
         if not dry_run:
@@ -103,6 +132,7 @@ def show_plan(report: dict[str, Any]) -> None:
             for layer, index in diagnosis["flagged"].items()
         ]
         print_table("flagged filters", ["layer", "count", "filters"], rows)
+    say_images(report)
     say(seconds_text(report["seconds"]))
 
 
@@ -142,10 +172,13 @@ def _show(report: dict[str, Any]) -> None:
         typer.echo(
             f"onnx: equals torch to {report['onnx']['error']:.1e} of the largest logit, {mega(report['onnx']['bytes'])}"
         )
+    if "dense" in report:
+        typer.echo(f"dense: equals the small network to {report['dense']['error']:.1e} ({report['dense']['dtype']})")
     for reason in report["refused"]:
         say(f"note: {reason}")
+    say_images(report)
     say(seconds_text(report["seconds"]))
-    typer.echo(f"written: {report['output']}")
+    typer.echo(f"written: {printable(report['output'], 4096)}" + (" (look at report.html)" if "page" in report else ""))
     if "published" in report:
         state = "was already there" if report["published"]["unchanged"] else "published"
         typer.echo(f"{state}: {report['published']['url']}")

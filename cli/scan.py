@@ -13,11 +13,14 @@ def scan(
     clean_dir: options.CleanDir = None,
     arch: options.Arch = None,
     num_classes: options.NumClasses = None,
+    classes: options.Classes = None,
+    unlabelled: options.Unlabelled = False,
     score: options.ScoreName = "lipschitz",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
     batch_size: options.BatchSize = 32,
     device: options.Device = "auto",
+    config: options.Config = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -28,7 +31,10 @@ def scan(
         from bshub.settings import Settings
 
         settings = Settings(score=score, mu=options.parse_mu(mu), budget=budget, batch_size=batch_size, device=device)
-        report = scan_reference(Inputs(model, arch, num_classes, clean_dir), settings, progress=Bars(quiet or as_json))
+        inputs = Inputs(
+            model, arch, num_classes, clean_dir, classes=classes, unlabelled=unlabelled, settings_file=config
+        )
+        report = scan_reference(inputs, settings, progress=Bars(quiet or as_json))
         if as_json:
             print_json(report)
             return

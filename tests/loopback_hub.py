@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from card_rules import faults
+
 LARGE = (".safetensors", ".onnx", ".bin", ".png")
 
 
@@ -28,18 +30,20 @@ class Refusal(Exception):
     """An answer that is not 200, with ``message`` in a JSON body; status 0 hangs up.
 
     An injected one meets the next ``times`` requests whose ``METHOD /path`` matches ``pattern``, after ``delay``
-    seconds; with ``after`` the request is carried out first and only its answer is lost.
+    seconds; with ``after`` the request is carried out first and only its answer is lost; with ``cut`` the sound answer
+    breaks off in the middle.
     """
 
     status: int
     code: str = ""
     message: str = "refused"
     headers: dict[str, str] = field(default_factory=dict)
-    body: dict[str, str] = field(default_factory=dict)
+    body: dict[str, Any] = field(default_factory=dict)
     pattern: str = ""
     times: int = 0
     delay: float = 0.0
     after: bool = False
+    cut: bool = False
 
 
 @dataclass
@@ -129,11 +133,12 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.authorizations.add(self.headers.get("Authorization", ""))
         fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, request)), None)
         try:
-            answer = None if fault and not fault.after else self.route(request)
+            answer = None if fault and not (fault.after or fault.cut) else self.route(request)
             if fault:
                 fault.times -= 1
                 time.sleep(fault.delay)
-                raise fault
+                if not fault.cut:
+                    raise fault
             status, (body, headers) = 200, answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         except Refusal as refusal:
             status, body = refusal.status, json.dumps({"error": refusal.message, **refusal.body}).encode()
@@ -144,7 +149,9 @@ class Handler(BaseHTTPRequestHandler):
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else body)
+            broken = fault is not None and fault.cut
+            self.close_connection |= broken
+            self.wfile.write(b"" if self.command == "HEAD" else body[: len(body) // 2] if broken else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
@@ -177,6 +184,14 @@ def create(h: Handler) -> dict[str, str]:
         raise Refusal(409, message="You already created this model repo", body=answer)
     h.hub.seed(repo_id, {".gitattributes": b"*.onnx filter=lfs\n"}, private=asked.get("visibility") == "private")
     return answer
+
+
+def validate(h: Handler) -> dict[str, Any]:
+    """Judge a card's front matter."""
+    wrong = faults(json.loads(h.payload)["content"])
+    if wrong:
+        raise Refusal(400, message=wrong[0], body={"errors": [{"message": text} for text in wrong], "warnings": []})
+    return {"errors": [], "warnings": []}
 
 
 def listing(files: dict[str, bytes]) -> list[dict[str, Any]]:
@@ -267,16 +282,16 @@ def resolve(h: Handler, repo_id: str, revision: str, path: str) -> tuple[bytes, 
 ID, REVISION = r"([^/]+/[^/]+)", r"((?:refs/[a-z]+/)?[^/]+)"
 ROUTES: list[tuple[str, Callable[..., Any]]] = [
     (r"POST /api/repos/create", create),
-    (r"POST /api/validate-yaml", lambda h: {"errors": [], "warnings": []}),
+    (r"POST /api/validate-yaml", validate),
     (r"GET /api/whoami-v2", lambda h: {"type": "user", "name": "me", "orgs": []}),
-    (rf"GET /api/models/{ID}(?:/revision/{REVISION})?", info),
-    (rf"GET /api/models/{ID}/tree/{REVISION}", lambda h, *where: listing(h.hub.files(*where))),
+    (rf"GET /api/(?:models|datasets)/{ID}(?:/revision/{REVISION})?", info),
+    (rf"GET /api/(?:models|datasets)/{ID}/tree/{REVISION}", lambda h, *where: listing(h.hub.files(*where))),
     (rf"POST /api/models/{ID}/preupload/{REVISION}", preupload),
     (rf"POST /api/models/{ID}/commit/{REVISION}", commit),
     (rf"POST /{ID}\.git/info/lfs/objects/batch", batch),
     (r"PUT /_lfs/([0-9a-f]{64}(?:/\d+)?)", put),
     (r"POST /_lfs/([0-9a-f]{64})(/verify)?", finish),
-    (rf"(?:GET|HEAD) /{ID}/resolve/{REVISION}/(.+)", resolve),
+    (rf"(?:GET|HEAD) (?:/datasets)?/{ID}/resolve/{REVISION}/(.+)", resolve),
 ]
 
 

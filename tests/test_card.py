@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from card_rules import faults
 from conftest import DEMO, Artifact
 from huggingface_hub import ModelCard
 
@@ -38,9 +39,9 @@ def render(source: LoadedModel, report: dict[str, Any], command: str = "bshub sa
 
 
 def code(text: str) -> str:
-    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(found) == 1
-    return found[0]
+    """The program that rebuilds the network with torch and the model library alone."""
+    (found,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if '["bshub"]' in block)
+    return found
 
 
 def test_front_matter_is_read_by_the_hubs_own_parser(text: str, artifact: Artifact) -> None:
@@ -49,10 +50,56 @@ def test_front_matter_is_read_by_the_hubs_own_parser(text: str, artifact: Artifa
     assert data.pipeline_tag == "image-classification"
     assert data.license == "apache-2.0"
     assert "bshub" in data.tags
-    (result,) = data.eval_results
-    assert result.metric_type == "accuracy"
-    assert result.metric_value == pytest.approx(artifact.report["evaluation"]["after"]["accuracy"]["percent"] / 100)
     assert "model-index" in data.to_dict()
+    assert faults(text) == []
+
+
+def test_every_rate_stands_in_the_model_index_with_n_and_interval(text: str, artifact: Artifact) -> None:
+    found = {result.metric_name: result for result in ModelCard(text).data.eval_results}
+    names = {"accuracy": "accuracy", "asr": "attack success rate", "ra": "robust accuracy"}
+    for when in ("before", "after"):
+        for key, name in names.items():
+            rate, result = artifact.report["evaluation"][when][key], found.pop(f"{name} {when} sanitizing")
+            assert result.metric_value == pytest.approx(rate["percent"] / 100)
+            assert result.metric_args["n"] == rate["n"]
+            assert result.metric_args["interval"] == pytest.approx([rate["low"] / 100, rate["high"] / 100])
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("licence", "wanted"),
+    [("MIT", {"license": "mit"}), ("Own Terms", {"license": "other", "license_name": "Own Terms"}), (None, {})],
+)
+def test_the_licence_is_the_sources_in_words_the_hub_takes(
+    source: LoadedModel, artifact: Artifact, licence: str | None, wanted: dict[str, str]
+) -> None:
+    text = render(replace(source, origin=replace(source.origin, licence=licence)), artifact.report)
+    assert {k: v for k, v in ModelCard(text).data.to_dict().items() if k.startswith("license")} == wanted
+    assert ("states no licence" in text) is (licence is None)
+    assert faults(text) == []
+
+
+def test_it_says_in_words_what_left_and_how_the_limit_was_found(text: str, artifact: Artifact) -> None:
+    counts, diagnosis = artifact.report["counts"], artifact.report["diagnosis"]
+    words = text.split("## What was removed, and why")[1].split("## Limits")[0]
+    assert f"{counts['removed']:,} flagged filters were cut out" in words
+    assert f"{counts['silenced']:,} were set to zero" in words
+    assert f"{diagnosis['threshold']['mu']:.2f} standard deviations" in words
+    most = max(diagnosis["flagged"].items(), key=lambda item: len(item[1]))
+    assert f"| {escape(most[0])} | {len(most[1])} |" in words
+    assert sum(int(n) for n in re.findall(r"\| (\d+) \|$", words, re.MULTILINE)) == counts["flagged"]
+
+
+def test_the_three_ways_to_load_are_there(complete: Artifact) -> None:
+    text = (complete.folder / "README.md").read_text(encoding="utf-8")
+    ways = text.split("## How to load it")[1].split("## How to make it")[0]
+    programs = re.findall(r"```python\n(.*?)```", ways, re.DOTALL)
+    for mark in ("bshub.load(", '["bshub"]', "onnxruntime.InferenceSession", "local-dir:dense"):
+        assert sum(mark in program for program in programs) == 1, mark
+    for program in programs:
+        compile(program, "card", "exec")
+        assert len(program.splitlines()) <= 15
+    assert "report.html" in text and "Made with bshub" in text
 
 
 def test_no_markup_is_left_over_and_nothing_is_undefined(text: str) -> None:
@@ -67,7 +114,7 @@ def test_the_rates_of_the_report_stand_in_the_table(text: str, artifact: Artifac
             assert rate_text(evaluation[when][key]) in text
     assert rate_text({"percent": 83.44, "low": 80.91, "high": 85.6, "n": 1000}) == "83.4 [80.9, 85.6] n=1000"
     assert f"{artifact.report['parameters']['after']:,}" in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    table = [line for line in text.split("## What was removed")[0].splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {4}
 
 
@@ -158,10 +205,10 @@ def test_hostile_reference_labels_licence_and_warnings_are_text(source: LoadedMo
     assert not re.search(r"(?<!\\)\*\*b", body)
     assert not re.search(r"^---$|^license:|^# h", body, re.MULTILINE)
     assert "\x1b" not in text
-    assert text.count("```") == 4
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in body.splitlines() if line.startswith("|"))
+    assert text.count("```") == 6
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (3, 4) for line in body.splitlines() if line.startswith("|"))
     data = ModelCard(text).data
-    assert (data.license, data.base_model) == (HOSTILE, HOSTILE)
+    assert (data.license, data.license_name, data.base_model) == ("other", HOSTILE, HOSTILE)
 
 
 @pytest.mark.parametrize("mark", list("\\`*_{}[]<>()#+!|~"))

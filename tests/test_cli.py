@@ -270,4 +270,6 @@ def test_ctrl_c_ends_with_130_and_debug_shows_the_traceback(monkeypatch: pytest.
     monkeypatch.setattr("bshub.commands.scan_reference", interrupted)
     refused(bshub_command("scan", MODEL), 130, "interrupted")
     debug = bshub_command("evaluate", "./nowhere", "--test-dir", CLEAN, "--debug")
-    assert type(debug.exception).__name__ == "ModelReferenceError"
+    assert debug.exit_code == 2
+    assert debug.stderr.startswith("Traceback")
+    assert "bshub.errors.ModelReferenceError" in debug.stderr.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bshub import files
 from bshub.errors import OutputError
-from bshub.files import MANIFEST, check_output, output_folder, sha256
+from bshub.files import MANIFEST, check_output, json_text, output_folder, sha256
 
 posix = pytest.mark.skipif(os.name == "nt", reason="kills a child with a signal")
 
@@ -149,6 +151,7 @@ def test_an_output_that_was_just_moved_aside_is_restored(tmp_path: Path) -> None
 def test_a_failed_swap_puts_the_old_output_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rename = tmp_path / "out", Path.rename
     write(folder, "old")
+    monkeypatch.setattr(files, "_exchange", lambda *folders: False)
 
     def fails_for_the_new_one(self: Path, target: Path) -> Path:
         if self.name.endswith(".tmp"):
@@ -173,9 +176,12 @@ def test_somebody_elses_folder_that_looks_like_a_leftover_survives(tmp_path: Pat
 CHILD = """
 import os, signal, sys
 from pathlib import Path
+from bshub import files
 from bshub.files import MANIFEST, output_folder
 
 folder, left = Path(sys.argv[1]), int(sys.argv[2])
+if sys.argv[3] == "two renames":
+    files._exchange = lambda *folders: False
 def hook(event, arguments):
     global left
     watched = event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir")
@@ -192,8 +198,9 @@ with output_folder(folder, True) as place:
 
 
 @posix
+@pytest.mark.parametrize("swap", ["one exchange", "two renames"])
 def test_killed_at_any_step_the_old_output_or_the_new_one_is_whole(
-    tmp_path: Path, child_environment: dict[str, str]
+    tmp_path: Path, child_environment: dict[str, str], swap: str
 ) -> None:
     """One child per step of the file system; the rerun after each kill mends everything."""
     seen: list[str | None] = []
@@ -201,7 +208,8 @@ def test_killed_at_any_step_the_old_output_or_the_new_one_is_whole(
         folder = tmp_path / str(step) / "out"
         folder.parent.mkdir()
         write(folder, "old")
-        child = subprocess.run([sys.executable, "-c", CHILD, str(folder), str(step)], env=child_environment, timeout=60)
+        command = [sys.executable, "-c", CHILD, str(folder), str(step), swap]
+        child = subprocess.run(command, env=child_environment, timeout=60)
         if child.returncode == 0:
             break
         assert child.returncode == -9
@@ -217,7 +225,85 @@ def test_killed_at_any_step_the_old_output_or_the_new_one_is_whole(
     else:
         pytest.fail("the child never came through")
     assert seen.count("old") >= 5
-    assert {"new", None} <= set(seen)
+    assert "new" in seen
+    exchanged = swap == "one exchange" and files._exchange(*map(make, (tmp_path / "a", tmp_path / "b")))
+    assert (None in seen) is not exchanged
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="has no such call")
+def test_an_exchange_gives_each_folder_the_others_name_or_changes_nothing(tmp_path: Path) -> None:
+    one, other = make(tmp_path / "one"), make(tmp_path / "other")
+    (one / "x").touch()
+    done = files._exchange(one, other)
+    assert [path.name for path in (other if done else one).iterdir()] == ["x"]
+    assert not files._exchange(one, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_lock_of_a_run_that_just_ended_excludes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before its holder removed it, locked after: the file has no name any more and must not count."""
+    samestat, seen = os.path.samestat, []
+
+    def removed_at_first(ours: os.stat_result, named: os.stat_result) -> bool:
+        if not seen:
+            (tmp_path / ".out.lock").unlink()
+            (tmp_path / ".out.lock").touch()
+            named = os.stat(tmp_path / ".out.lock")
+        seen.append(samestat(ours, named))
+        return seen[-1]
+
+    monkeypatch.setattr(os.path, "samestat", removed_at_first)
+    write(tmp_path / "out")
+    assert seen == [False, True]
+    assert text_of(tmp_path / "out") == "new"
+
+
+@posix
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="cannot write beside"):
+        write(tmp_path / "out")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_parents_made_for_a_failed_run_go_again(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError), output_folder(tmp_path / "a" / "b" / "c" / "out", False):
+        raise ValueError
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    with pytest.raises(OutputError):
+        write(Path("a\0b"))
+
+
+def test_what_somebody_put_there_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(OutputError, match="something else"), output_folder(folder, True) as place:
+        (place / MANIFEST).write_text("{}")
+        folder.mkdir()
+        (folder / "mine").write_text("irreplaceable")
+    assert (folder / "mine").read_text() == "irreplaceable"
+    assert beside(folder) == []
+
+
+def test_a_mount_point_is_refused_before_any_work() -> None:
+    with pytest.raises(OutputError, match="mount point"):
+        check_output(Path(Path.cwd().anchor), True)
+
+
+def test_json_text_is_json_without_anything_that_steers_a_terminal() -> None:
+    data = {"näme\x1b[2J": ["\x9b31m", "\u202e", "\U000e0001", "\ud800", "a\nb", 1.5, None]}
+    text = json_text(data)
+    assert json.loads(text) == data
+    assert "näme" in text
+    assert all(ch.isprintable() or ch == "\n" for ch in text)
+    text.encode("utf-8")
+    with pytest.raises(ValueError):
+        json_text(float("nan"))
 
 
 @pytest.mark.parametrize("name", ["a[b]c", "a*", "a?", "…", "a b", "-x", ".hidden", "a\nb"])

@@ -20,7 +20,8 @@ from loopback_hub import LoopbackHub, environment, point_client_at
 
 from bshub.errors import ModelReferenceError
 from bshub.intake import hub as module
-from bshub.intake.hub import fetch, fetch_url, split_reference
+from bshub.intake.hub import fetch, split_reference
+from bshub.intake.weights_url import _SameHosts, fetch_url
 
 CANARY = "hf_canaryCANARYcanaryCANARY"
 REPO = "timm/tiny"
@@ -31,7 +32,7 @@ LOOK_UP = "HEAD /timm/tiny/resolve/"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[LoopbackHub]:
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    monkeypatch.setattr(module, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(module, "WAITS", (0.01, 0.01))
     with LoopbackHub() as hub:
         hub.seed(REPO, {"model.safetensors": WEIGHTS, "config.json": b"{}"})
         point_client_at(hub.url, monkeypatch, tmp_path / "cache")
@@ -172,6 +173,24 @@ def test_in_a_process_of_its_own(hub: LoopbackHub, tmp_path: Path) -> None:
     assert Path(child.stdout).read_bytes() == WEIGHTS
 
 
+def test_a_flipped_bit_in_the_cache_is_noticed_where_the_digest_is_known(hub: LoopbackHub) -> None:
+    head = hub.repos[REPO].refs["main"]
+    path = fetch(REPO, "model.safetensors")
+    blob = path.resolve()
+    blob.write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
+    for revision in (None, head):
+        error = refused(fetch, REPO, "model.safetensors", revision)
+        assert "model.safetensors in the cache is damaged" in error.message
+        assert error.hint == f"delete {blob} and run the command again"
+    blob.unlink()
+    assert fetch(REPO, "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_download_that_breaks_off_in_the_middle_is_taken_up_again(hub: LoopbackHub) -> None:
+    hub.fail("GET .*/resolve/", 200, cut=True)
+    assert fetch(REPO, "model.safetensors").read_bytes() == WEIGHTS
+
+
 def served(monkeypatch: pytest.MonkeyPatch, data: bytes) -> str:
     """Serve bytes for any address; gives an address that names their digest."""
     monkeypatch.setattr(OpenerDirector, "open", lambda *args, **kwargs: io.BytesIO(data))
@@ -217,7 +236,7 @@ def test_other_urls_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 def test_a_redirect_leads_nowhere_else() -> None:
     with pytest.raises(ModelReferenceError):
-        module._SameHosts().redirect_request(None, None, 302, "", None, "https://elsewhere.example/net-00000000.pth")  # type: ignore[arg-type]
+        _SameHosts().redirect_request(None, None, 302, "", None, "https://elsewhere.example/net-00000000.pth")  # type: ignore[arg-type]
 
 
 def test_a_url_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

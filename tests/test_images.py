@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,49 @@ def test_exif_orientation_is_applied_to_sixteen_bits_as_well(tmp_path: Path) -> 
     assert read_image(tmp_path / "x.png").shape == (3, 6, 4)
 
 
+def test_what_is_converted_is_counted(tmp_path: Path) -> None:
+    kinds = {
+        "EXIF orientation": lambda: encoded(colours(), "PNG", exif=oriented(6)),
+        "16-bit grey": lambda: encoded(Image.fromarray(np.full((2, 2), 999, np.uint16)), "PNG"),
+        "transparency": lambda: encoded(transparent("LA"), "PNG"),
+        "CMYK": lambda: encoded(colours().convert("CMYK"), "JPEG"),
+    }
+    counted: Counter[str] = Counter()
+    for make in kinds.values():
+        (tmp_path / "x").write_bytes(make())
+        read_image(tmp_path / "x", counted)
+        read_image(tmp_path / "x")
+    assert counted == dict.fromkeys(kinds, 1)
+    for make in (lambda: encoded(colours(), "PNG", exif=oriented(1)), lambda: encoded(colours().convert("L"), "JPEG")):
+        (tmp_path / "x").write_bytes(make())
+        read_image(tmp_path / "x", counted)
+    (tmp_path / "x").write_bytes(BAD["truncated jpeg"]())
+    with pytest.raises(ImageDataError):
+        read_image(tmp_path / "x", counted)
+    assert counted == dict.fromkeys(kinds, 1)
+
+
+def test_of_a_cameras_several_pictures_the_first_is_read(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+    first.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[second])
+    assert Image.open(tmp_path / "x.jpg").n_frames == 2
+    counted: Counter[str] = Counter()
+    assert read_image(tmp_path / "x.jpg", counted)[0].min() > 200
+    assert counted == {"first picture of several (MPO)": 1}
+
+
+def test_a_hundred_to_one_is_the_limit_of_proportions(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 2)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").shape == (3, 2, 200)
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as stream:
+        stream.truncate(module.MAX_BYTES + 1)
+    with pytest.raises(ImageDataError, match="more than 512 MiB"):
+        read_image(tmp_path / "x.png")
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds nothing of it."""
     chunks = b""
@@ -165,6 +209,8 @@ BAD: dict[str, Callable[[], bytes]] = {
     "400 megapixels": lambda: png_header(20000, 20000),
     "two thousand million": lambda: png_header(2**31 - 1, 2**31 - 1),
     "header alone": lambda: png_header(64, 64),
+    "a thread of pixels": lambda: png_header(1, 101),
+    "a wide thread of pixels": lambda: png_header(60_000, 2),
 }
 
 

@@ -140,7 +140,7 @@ def test_divergence_is_an_error_and_leaves_no_file(
 
 
 def test_ctrl_c_leaves_no_file(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(model: nn.Module, images: Tensor, path: Path, metadata: object) -> None:
+    def interrupted(model: nn.Module, images: Tensor, path: Path, *rest: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 

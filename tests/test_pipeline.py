@@ -82,6 +82,7 @@ def test_the_report_is_json_without_nan(trained: nn.Module, mu: Any) -> None:
 
 
 def test_when_nothing_is_flagged_the_result_is_an_unchanged_copy(trained: nn.Module) -> None:
+    trained = copy.deepcopy(trained).requires_grad_(True)
     result = sanitize(trained, batches(), Settings(**{**QUICK, "mu": 50.0}))
     assert set(result.plan.counts().values()) == {0}
     assert not result.report["repaired"]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import bshub_command
 from loopback_hub import LoopbackHub, point_client_at
 
 from bshub.errors import PublishError
 from bshub.release import publish as module
-from bshub.release.publish import Published, publish
+from bshub.release.publish import Published, preview, publish
 
 CANARY = "hf_canaryCANARYcanaryCANARY"
 REPO = "me/cleaned"
@@ -78,7 +79,8 @@ def test_publishing_the_same_again_commits_nothing(hub: LoopbackHub, folder: Pat
 
 
 def test_deletes_what_an_earlier_artifact_left_and_nothing_else(hub: LoopbackHub, folder: Path) -> None:
-    own = {"plots/old.svg": b"", "metrics.json": b"{}", "bshub-report.json": b"old"}
+    own = {"plots/old.svg": b"", "metrics.json": b"{}", "bshub-report.json": b"old", "report.html": b"old"}
+    own |= {"dense/model.safetensors": b"old", "receipt.sigstore.json": b"{}"}
     foreign = {"notes.md": b"mine", "other/model.onnx": b"x", "pytorch_model.bin": b"x"}
     hub.seed(REPO, own | foreign)
     publish(folder, REPO)
@@ -124,6 +126,8 @@ def test_refuses_a_missing_or_empty_folder(hub: LoopbackHub, tmp_path: Path) -> 
     assert "cannot be read" in str(refused(tmp_path / "none", REPO))
     (tmp_path / "empty").mkdir()
     assert "no files" in str(refused(tmp_path / "empty", REPO))
+    (tmp_path / "diary.txt").write_text("dear diary")
+    assert "no artifact of bshub" in str(refused(tmp_path, REPO))
     assert hub.requests == []
 
 
@@ -236,3 +240,58 @@ def test_no_network(hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPa
     point_client_at("http://127.0.0.1:9", monkeypatch, tmp_path)
     assert "no connection to 127.0.0.1" in str(refused(folder, REPO))
     assert json.loads((folder / "config.json").read_text()) == {}
+
+
+def test_a_card_the_hub_would_refuse_is_told(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: mine\nlibrary_name: timm\n---\n")
+    assert "README.md" in str(refused(folder, REPO))
+    assert "model.onnx" not in hub.files(REPO)
+
+
+def shows_images(folder: Path, number: int = 3) -> None:
+    (folder / "report.html").write_text("<img>")
+    (folder / "bshub-report.json").write_text(json.dumps({"page": {"clean_images_shown": number}}))
+
+
+def test_clean_images_are_not_shown_to_the_world_unasked(hub: LoopbackHub, folder: Path) -> None:
+    shows_images(folder)
+    error = refused(folder, REPO)
+    assert "shows 3 of the clean images" in str(error) and "--show-images" in str(error)
+    assert REPO not in hub.repos
+    assert "report.html" in publish(folder, REPO, show_images=True).files
+    assert "--show-images" in str(refused(folder, REPO))  # it exists and is public
+    assert "report.html" in publish(folder, "me/secret", private=True).files
+    assert publish(folder, "me/secret").unchanged
+
+
+def test_a_page_without_clean_images_is_published_like_any_file(hub: LoopbackHub, folder: Path) -> None:
+    shows_images(folder, 0)
+    assert "report.html" in publish(folder, REPO).files
+
+
+def test_a_preview_lists_the_files_and_asks_nobody(hub: LoopbackHub, folder: Path) -> None:
+    shows_images(folder)
+    plan = preview(folder, REPO)
+    assert plan["files"] == {path: len(data) for path, data in contents(folder).items()}
+    assert plan["bytes"] == sum(map(len, contents(folder).values()))
+    assert plan["card"] == (folder / "README.md").read_text()
+    assert plan["clean_images_shown"] == 3
+    assert hub.requests == []
+    with pytest.raises(PublishError, match="is not"):
+        preview(folder, "no name")
+
+
+def test_the_command_publishes_and_says_where(hub: LoopbackHub, folder: Path) -> None:
+    dry = bshub_command("publish", folder, "--repo", REPO, "--dry-run")
+    assert dry.exit_code == 0 and "model.safetensors" in dry.stdout and "library_name: timm" in dry.stdout
+    assert hub.requests == []
+    first = bshub_command("publish", folder, "--repo", REPO, "--private", "-m", "first", "-q")
+    assert first.exit_code == 0, first.stderr
+    assert first.stdout.splitlines()[0] == f"published: {hub.url}/{REPO}"
+    assert hub.repos[REPO].private
+    again = bshub_command("publish", folder, "--repo", REPO, "--json")
+    assert json.loads(again.stdout)["unchanged"] is True
+    proposed = bshub_command("publish", folder, "--repo", REPO, "--create-pr", "--json")
+    assert proposed.exit_code == 0
+    wrong = bshub_command("publish", folder / "nowhere", "--repo", REPO)
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("bshub: ") and wrong.stdout == ""

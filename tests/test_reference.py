@@ -16,7 +16,7 @@ from loopback_hub import point_client_at
 from safetensors.torch import save_file
 
 from bshub.errors import BshubError, CheckpointError, ModelReferenceError
-from bshub.intake import hub
+from bshub.intake import hub, weights_url
 from bshub.intake.models import load_model
 from bshub.intake.reference import FORBIDDEN_ARGUMENTS, Architecture, parse_architecture, parse_reference
 
@@ -137,7 +137,7 @@ def test_any_text_is_a_reference_or_one_kind_of_error(text: str) -> None:
 def test_without_network_one_line_names_the_cache_and_a_way_out(
     reference: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hub, "_WAITS", ())
+    monkeypatch.setattr(hub, "WAITS", ())
     point_client_at("http://127.0.0.1:9", monkeypatch, tmp_path / "cache")
     text = str(refused(load_model, reference))
     assert "127.0.0.1" in text
@@ -151,7 +151,7 @@ def test_torchvision_without_network_ends_in_one_line(monkeypatch: pytest.Monkey
             raise OSError(101, "Network is unreachable")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(hub, "build_opener", lambda *handlers: Deaf())
+    monkeypatch.setattr(weights_url, "build_opener", lambda *handlers: Deaf())
     text = str(refused(load_model, "torchvision/resnet18"))
     assert "download.pytorch.org" in text
     assert not list(tmp_path.rglob("*.pth*"))

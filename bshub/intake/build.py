@@ -3,35 +3,97 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from bshub.errors import BshubError, ModelReferenceError
+from bshub.intake.header import MAX_BYTES
 from bshub.intake.preprocessing import override, torchvision_config
 from bshub.intake.recipe import replace_stem
 from bshub.intake.reference import Architecture
 
+MAX_MODULES = 20_000  # timm's deepest networks have a fifth of that
+
+_LARGE = "look at model_args in its config.json, or at the options of the reference"
+
 
 def build(
-    wanted: Architecture, num_classes: int | None, *, stem: str | None = None, want_weights: bool = False
+    wanted: Architecture,
+    num_classes: int | None,
+    *,
+    stem: str | None = None,
+    want_weights: bool = False,
+    max_bytes: int = MAX_BYTES,
 ) -> tuple[nn.Module, dict[str, Any], Any]:
-    """Build the network without weights; returns it, its data config and where its own weights are."""
+    """Build the network without weights; returns it, its data config and where its own weights are.
+
+    Args:
+        wanted: Constructor and arguments.
+        num_classes: Number of outputs; None leaves it to the constructor.
+        stem: ``cifar`` replaces the stem.
+        want_weights: Whether torchvision's weights are asked for.
+        max_bytes: Largest network that is built.
+
+    Raises:
+        ModelReferenceError: There is no such network, its constructor refuses the arguments, or it is too large.
+    """
     arguments = {key: value for key, value in wanted.arguments.items() if key != "num_classes"}
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     try:
-        if wanted.library == "timm":
-            module, config, weights = _build_timm(wanted, arguments)
-        else:
-            module, config, weights = _build_torchvision(wanted, arguments, want_weights)
+        with _bounded(max_bytes):
+            if wanted.library == "timm":
+                module, config, weights = _build_timm(wanted, arguments)
+            else:
+                module, config, weights = _build_torchvision(wanted, arguments, want_weights)
     except BshubError:
         raise
     except Exception as error:  # constructors raise anything for arguments they do not take
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise ModelReferenceError(
+                f"{wanted.library}/{wanted.name} with these arguments does not fit into memory", hint=_LARGE
+            ) from None
         raise ModelReferenceError(f"{wanted.library} cannot build {wanted.name!r}: {error}") from None
     if stem or wanted.stem:
         replace_stem(module)
     return module.eval(), override(config, wanted.preprocessing), weights
+
+
+@contextmanager
+def _bounded(max_bytes: int) -> Iterator[None]:
+    """Stop a constructor that somebody's config.json told to fill the memory: before its weights are drawn."""
+    size, modules = 0, 0
+
+    def count(owner: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal size
+        size += tensor.numel() * tensor.element_size() if tensor is not None else 0
+        if size > max_bytes:
+            raise ModelReferenceError(f"the network has more than {max_bytes >> 20} MiB of weights", hint=_LARGE)
+
+    def count_module(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MAX_MODULES:
+            raise ModelReferenceError(f"the network has more than {MAX_MODULES} modules", hint=_LARGE)
+
+    hooks = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+        register_module_module_registration_hook(count_module),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _build_timm(wanted: Architecture, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], Any]:

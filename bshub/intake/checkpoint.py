@@ -161,7 +161,7 @@ def _environment(folder: Path) -> dict[str, str]:
         **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
         "PYTHONPATH": os.pathsep.join(searched),
         "PYTHONUTF8": "1",
-        "OMP_NUM_THREADS": "1",
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         "CUDA_VISIBLE_DEVICES": "",
     }
 

@@ -1,9 +1,13 @@
-"""A folder of class folders → which image has which label of the model."""
+"""A folder of images → which image has which label of the model.
+
+Three layouts: class folders, a table (``metadata.py``), and images without labels. Links are followed to files that
+lie inside the folder, never to folders; what tools leave behind (hidden names, ``__MACOSX``) is not looked at.
+"""
 
 from __future__ import annotations
 
-import re
-import unicodedata
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bshub.errors import ImageDataError, InconclusiveError, printable
+from bshub.errors import ImageDataError, InconclusiveError
 from bshub.intake.images import SUFFIXES, read_image
+from bshub.intake.labels import match_names, twins
+from bshub.intake.metadata import read_metadata
 
 QUOTA = 0.1  # share of unreadable images above which a folder is refused
+_SPLITS = frozenset({"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "data"})
 
 
 @dataclass
@@ -25,15 +32,19 @@ class ClassFolder:
         root: The folder.
         paths: Images, sorted within their class.
         labels: Index of the model's output for each image.
-        matched: How folder names became labels, in words.
+        matched: The rule that gave the labels, in words.
+        empty: Class folders without an image.
         rejected: Unreadable images met so far, with the reason.
+        converted: What was converted so far (``CMYK``, ``transparency``, …) → number of images.
     """
 
     root: Path
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     matched: str
+    empty: tuple[str, ...] = ()
     rejected: dict[Path, str] = field(default_factory=dict)
+    converted: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,19 +56,22 @@ class ClassFolder:
             ImageDataError: More than a tenth of the images (and more than one) cannot be read.
             InconclusiveError: None can.
         """
+        self.converted.clear()
+        failed = 0
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
-                image = read_image(path)
+                image = read_image(path, self.converted)
             except ImageDataError as error:
                 self.rejected[path] = error.message
-                if len(self.rejected) > max(1, QUOTA * len(self.paths)):
+                failed += 1
+                if failed > max(1, QUOTA * len(self.paths)):
                     raise ImageDataError(
-                        f"{len(self.rejected)} images under {self.root} cannot be read, the last: {error.message}",
+                        f"{failed} images under {self.root} cannot be read, the last: {error.message}",
                         hint="remove the broken files",
                     ) from None
                 continue
             yield image, label
-        if len(self.rejected) == len(self.paths):
+        if failed == len(self.paths):
             raise InconclusiveError(f"no image under {self.root} can be read", hint="check the folder's files")
 
     def batches(self, transform: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,16 +88,25 @@ class ClassFolder:
             yield torch.stack(images), torch.tensor(labels)
 
 
-def open_folder(root: str | Path, num_classes: int, label_names: Sequence[str] | None) -> ClassFolder:
-    """List the images of ``root/<class>/`` and match the class folders to the model's labels.
+def open_folder(
+    root: str | Path,
+    num_classes: int,
+    label_names: Sequence[str] | None,
+    *,
+    whose: str = "the model's labels",
+    within: Path | None = None,
+) -> ClassFolder:
+    """List the images of a folder and match their classes to the model's labels.
 
-    Folder names are matched to ``label_names`` where the model has them (a subset will do), else read as
-    indices where all are numbers, else taken in alphabetical order where there are as many as classes.
+    The classes are those of ``metadata.csv`` or ``metadata.jsonl`` where it states any, else the folders
+    ``root/<class>/``; `labels.match_names` says how they become labels.
 
     Args:
         root: The folder.
         num_classes: Number of outputs of the model.
         label_names: Name of each output, if known.
+        whose: Where these names come from, for messages.
+        within: The folder that links may lead into; ``root`` itself by default.
 
     Returns:
         The folder's images, at least one.
@@ -91,94 +114,125 @@ def open_folder(root: str | Path, num_classes: int, label_names: Sequence[str] |
     Raises:
         ImageDataError: Missing, empty, or the classes cannot be matched.
     """
-    root = Path(root)
-    if not root.exists():
-        raise ImageDataError(f"no folder at {root}", hint="check the path")
-    if not root.is_dir():
-        raise ImageDataError(f"{root} is not a folder", hint="give the folder that holds the class folders")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not _ignored(p.name))
-    if not folders:
-        loose = any(p.suffix.lower() in SUFFIXES for p in root.iterdir())
-        raise ImageDataError(
-            f"{root} holds {'images but ' if loose else ''}no class folders",
-            hint="put the images into one folder per class: DIR/<class>/<image>",
-        )
-    _refuse_twins(folders)
-    indices, matched = _match([p.name for p in folders], num_classes, label_names)
-    paths: list[Path] = []
-    labels: list[int] = []
-    real_root = root.resolve()
-    for folder, index in zip(folders, indices, strict=True):
-        inside = [p for p in sorted(folder.rglob("*")) if not any(map(_ignored, p.relative_to(root).parts))]
-        images = [p for p in inside if _is_image(p, real_root)]
-        paths += images
-        labels += [index] * len(images)
+    root = _existing(root)
+    real_root = (within or root).resolve()
+    table = read_metadata(root)
+    if table is not None:
+        where, told = table
+        names = sorted(set(told.values()))
+        indices, matched = match_names(names, num_classes, label_names, what=f"labels in {where}", whose=whose)
+        index = dict(zip(names, indices, strict=True))
+        paths = [root / name for name in sorted(told)]
+        outside = next((path for path in paths if not _inside(path, real_root)), None)
+        if outside is not None:
+            raise ImageDataError(f"{outside} leads out of {root}", hint="put the image itself into the folder")
+        labels = [index[told[name]] for name in sorted(told)]
+        return ClassFolder(root, tuple(paths), tuple(labels), matched)
+    folders = sorted(path for path in _entries(root) if path.is_dir() and not path.is_symlink())
+    _refuse_other_layouts(root, folders, label_names or ())
+    pair = twins([path.name for path in folders])
+    if pair is not None:
+        raise ImageDataError(f"two class folders differ only in spelling: {pair[0]!r} and {pair[1]!r}")
+    names = [path.name for path in folders]
+    indices, matched = match_names(names, num_classes, label_names, what="class folders", whose=whose)
+    found = [_images(folder, real_root) for folder in folders]
+    if not any(found):
+        raise ImageDataError(f"the class folders of {root} hold no images", hint=_known_suffixes())
+    return ClassFolder(
+        root,
+        tuple(path for images in found for path in images),
+        tuple(index for index, images in zip(indices, found, strict=True) for _ in images),
+        matched,
+        empty=tuple(folder.name for folder, images in zip(folders, found, strict=True) if not images),
+    )
+
+
+def open_unlabelled(root: str | Path, *, within: Path | None = None) -> ClassFolder:
+    """List the images of a folder at any depth, whatever its folders mean; every label is 0.
+
+    Args:
+        root: The folder.
+        within: The folder that links may lead into; ``root`` itself by default.
+
+    Raises:
+        ImageDataError: Missing, or without images.
+    """
+    root = _existing(root)
+    paths = tuple(_images(root, (within or root).resolve()))
     if not paths:
+        raise ImageDataError(f"{root} holds no images", hint=_known_suffixes())
+    return ClassFolder(root, paths, (0,) * len(paths), "no labels")
+
+
+def _existing(root: str | Path) -> Path:
+    root = Path(root)
+    try:
+        if root.is_dir():
+            next(root.iterdir(), None)
+            return root
+        exists = root.exists()
+    except OSError as error:
+        raise ImageDataError(f"{root} cannot be read: {error.strerror}", hint="check the path and its rights") from None
+    if exists:
+        raise ImageDataError(f"{root} is not a folder", hint="give the folder that holds the class folders")
+    raise ImageDataError(f"no folder at {root}", hint="check the path; a Hub dataset is hf://datasets/user/repo")
+
+
+def _refuse_other_layouts(root: Path, folders: Sequence[Path], label_names: Sequence[str]) -> None:
+    """What is no folder of class folders, told with the way out."""
+    if not folders:
+        loose = any(_has_suffix(path) for path in _entries(root))
+        parquet = any(path.suffix == ".parquet" for path in _entries(root))
         raise ImageDataError(
-            f"the class folders of {root} hold no images", hint=f"known: {', '.join(sorted(SUFFIXES))}"
+            f"{root} holds {'images but ' if loose else 'Parquet files and ' if parquet else ''}no class folders",
+            hint="put the images into one folder per class, DIR/<class>/<image>, or add --unlabelled to --clean-dir",
         )
-    return ClassFolder(root, tuple(paths), tuple(labels), matched)
+    if all(folder.name.casefold() in _SPLITS and folder.name not in label_names for folder in folders):
+        splits = [folder.name for folder in folders]
+        raise ImageDataError(f"{root} holds splits ({', '.join(splits)}), not classes", hint=f"give {folders[0]}")
+
+
+def _known_suffixes() -> str:
+    return f"known: {', '.join(sorted(SUFFIXES))}"
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not _ignored(path.name))
+
+
+def _images(folder: Path, real_root: Path) -> list[Path]:
+    """Images under a folder in order of their paths; folders that are links are not entered."""
+    found: list[Path] = []
+    try:
+        for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=False):
+            folders[:] = [name for name in folders if not _ignored(name)]
+            found += [Path(parent, name) for name in names if not _ignored(name)]
+    except OSError as error:
+        raise ImageDataError(f"{error.filename} cannot be read: {error.strerror}", hint="check its rights") from None
+    return [path for path in sorted(found) if _has_suffix(path) and _is_image(path, real_root)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _ignored(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
-def _is_image(path: Path, root: Path) -> bool:
-    if path.suffix.lower() not in SUFFIXES:
-        return False
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _inside(path: Path, real_root: Path) -> bool:
     try:
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            return False
-        return path.is_file()
+        return path.resolve().is_relative_to(real_root)
     except (OSError, RuntimeError):  # a link to itself
         return False
 
 
-def _refuse_twins(folders: Sequence[Path]) -> None:
-    seen: dict[str, str] = {}
-    for folder in folders:
-        key = _plain(folder.name).casefold()
-        if key in seen:
-            raise ImageDataError(f"two class folders differ only in spelling: {seen[key]!r} and {folder.name!r}")
-        seen[key] = folder.name
-
-
-def _match(names: list[str], num_classes: int, label_names: Sequence[str] | None) -> tuple[list[int], str]:
-    if label_names is not None and len(label_names) == num_classes:
-        found = [_find_label(name, label_names) for name in names]
-        if all(index is not None for index in found):
-            return [index for index in found if index is not None], "folder names matched to the model's labels"
-    if all(re.fullmatch(r"\d{1,9}", name) for name in names):
-        indices = [int(name) for name in names]
-        if len(set(indices)) == len(indices) and max(indices) < num_classes:
-            return indices, "folder names read as label indices"
-    elif len(names) == num_classes:
-        if label_names is None:
-            return list(range(num_classes)), "class folders in alphabetical order"
-        odd = next(n for n in names if n.casefold() not in {str(label).casefold() for label in label_names})
-        raise ImageDataError(
-            f"class folder {odd!r} is none of the model's labels ({_some(label_names)})",
-            hint="name the folders after the model's labels or their indices",
-        )
-    raise ImageDataError(
-        f"{len(names)} class folders ({_some(names)}) do not fit a model with {num_classes} classes",
-        hint="name the folders after the model's labels or their indices, or give one folder per class",
-    )
-
-
-def _find_label(name: str, labels: Sequence[str]) -> int | None:
-    """Index of the label of this name: exact, or else the only one that differs in case alone."""
-    exact = [i for i, label in enumerate(labels) if _plain(label) == _plain(name)]
-    folded = [i for i, label in enumerate(labels) if _plain(label).casefold() == _plain(name).casefold()]
-    matches = exact or folded
-    return matches[0] if len(matches) == 1 else None
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name, 40) for name in names[:3])
-    return shown + (", …" if len(names) > 3 else "")
+def _is_image(path: Path, real_root: Path) -> bool:
+    try:
+        return (not path.is_symlink() or _inside(path, real_root)) and path.is_file()
+    except OSError:
+        return False

@@ -1,42 +1,32 @@
-"""References to the Hub and to torchvision's weights → files on disk.
+"""References to the Hub → files on disk.
 
 Everything a download can meet ends as one `ModelReferenceError` with its cause and a way out. Waiting is bounded:
 huggingface_hub 2.4 repeats a failed look-up for 23 s when refused, and for minutes when the host is silent. So `fetch`
-looks a file up itself, and lets the client download only what was found.
+looks a file up itself, and lets the client download only what was found. The client compares sizes alone; the sha256
+of a large file is its name in the cache, and is compared here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 import time
-import uuid
-from contextlib import suppress
 from dataclasses import dataclass
-from email.message import Message
-from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, NoReturn
-from urllib.error import HTTPError
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from bshub.errors import ModelReferenceError, printable
+from bshub.files import sha256
 
-__all__ = ["HubFault", "diagnose", "fetch", "fetch_url", "split_reference"]
+__all__ = ["HubFault", "diagnose", "fetch", "refuse", "split_reference"]
 
-_LOCAL = "a local folder or file works too: bshub sanitize ./model.safetensors --arch timm/…"
+LOCAL = "a local folder or file works too: bshub sanitize ./model.safetensors --arch timm/…"
 _LOOK_UP_SECONDS = 5.0
-_WAITS = (0.5, 2.0)
+WAITS = (0.5, 2.0)
 _LONGEST_WAIT = 10.0
 _REVISION = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9_][\w.+/-]{0,254}(?<![./])", re.ASCII)
 _SECRET = re.compile(r"\bhf_\w+|\beyJ[\w.-]+|(?i:\bbearer\s+\S+)|(?<=//)[^/@\s]+@|(?<=\w)\?[^\s'\"]+")
-
-_WEIGHT_HOSTS = frozenset({"download.pytorch.org"})
-_DIGEST = re.compile(r"-([0-9a-f]{8,64})\.pth")
-_SILENCE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -176,13 +166,15 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
         raise ModelReferenceError(f"{filename!r} is not a file inside a repository")
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
     if isinstance(cached, str) and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        return Path(cached)
+        return _verified(Path(cached))
     found = False
-    for wait in (*_WAITS, None):
+    for wait in (*WAITS, None):
         try:
             get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), timeout=_LOOK_UP_SECONDS)
             found = True
-            return Path(hf_hub_download(repo_id, filename, revision=revision))
+            return _verified(Path(hf_hub_download(repo_id, filename, revision=revision)))
+        except ModelReferenceError:
+            raise
         # A boundary: the client raises its own, its HTTP library's, hf_xet's and the standard library's errors.
         except Exception as err:
             fault = diagnose(err)
@@ -191,12 +183,35 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
             break
     if isinstance(cached, str) and (fault.unreachable or fault.offline or fault.passing):
         logging.getLogger(__name__).warning("%s: taking %s from the cache", fault.cause, filename)
-        return Path(cached)
-    _refuse(fault, repo_id, filename, revision or "main")
+        return _verified(Path(cached))
+    refuse(fault, repo_id, filename, revision or "main")
 
 
-def _refuse(fault: HubFault, repo_id: str, filename: str, revision: str) -> NoReturn:
-    """Raise what `fetch` has to say about a fault."""
+def _verified(path: Path) -> Path:
+    """A cached file whose bytes have the sha256 that the Hub states for large files.
+
+    Raises:
+        ModelReferenceError: They have not.
+    """
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        raise ModelReferenceError(
+            f"{path.name} in the cache is damaged: its sha256 is not {blob.name[:16]}…",
+            hint=f"delete {blob} and run the command again",
+        )
+    return path
+
+
+def refuse(fault: HubFault, repo_id: str, filename: str, revision: str, otherwise: str = LOCAL) -> NoReturn:
+    """Raise what a fault means for somebody who wants a file.
+
+    Args:
+        fault: What happened.
+        repo_id: ``user/repo``, or ``datasets/user/repo``.
+        filename: What was asked for.
+        revision: Of which revision.
+        otherwise: What to do without the Hub.
+    """
     from huggingface_hub import constants
 
     what = f"{filename} of {repo_id} at revision {revision}"
@@ -206,93 +221,17 @@ def _refuse(fault: HubFault, repo_id: str, filename: str, revision: str) -> NoRe
     if fault.code == "RevisionNotFound":
         raise ModelReferenceError(f"{repo_id} has no revision {revision}", hint=f"see {page}/commits/main")
     if fault.code == "EntryNotFound":
-        raise ModelReferenceError(f"{repo_id} holds no {filename} at revision {revision}", hint=_LOCAL)
+        raise ModelReferenceError(f"{repo_id} holds no {filename} at revision {revision}", hint=otherwise)
     if fault.status in (401, 404):
         raise ModelReferenceError(
             f"{repo_id} is not on the Hub, or is private ({fault.status})",
-            hint="check the spelling; for a private model run `hf auth login`",
+            hint="check the spelling; for a private one run `hf auth login`",
         )
     if fault.status == 403:
         raise ModelReferenceError(
             f"this account may not read {repo_id} (403)",
-            hint="`hf auth whoami` shows the account; its token needs read access to the model",
+            hint="`hf auth whoami` shows the account; its token needs read access to it",
         )
     if fault.unreachable or fault.offline or fault.passing:
-        raise ModelReferenceError(f"{fault.cause}; {what} is not in the cache {constants.HF_HUB_CACHE}", hint=_LOCAL)
-    raise ModelReferenceError(f"{what}: {fault.cause}", hint=_LOCAL)
-
-
-class _SameHosts(HTTPRedirectHandler):
-    """Follows a redirect only to where `fetch_url` would have gone by itself."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> Request | None:
-        _check_url(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
-
-
-def fetch_url(url: str, folder: Path) -> Path:
-    """Download one of torchvision's weight files, unless the folder has it.
-
-    The file's name ends in the first hex digits of its sha256, as torch.hub has it (``resnet18-f37072fd.pth``); they
-    are checked, on a cached file too. The file appears under its name only when whole.
-
-    Args:
-        url: https address on download.pytorch.org.
-        folder: Where torch.hub keeps checkpoints; made where missing.
-
-    Raises:
-        ModelReferenceError: Another host, no digest in the name, no network, wrong bytes, no room.
-    """
-    name = _check_url(url)
-    named = _DIGEST.search(name)
-    if named is None:
-        raise ModelReferenceError(f"{name} carries no digest in its name, so the download could not be checked")
-    target = folder / name
-    part = folder / f".{name}.{uuid.uuid4().hex}.part"
-    try:
-        if target.is_file() and _sha256(target).startswith(named[1]):
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        opener = build_opener(_SameHosts)
-        with opener.open(url, timeout=_SILENCE_SECONDS) as answer, open(part, "xb") as file:
-            digest = hashlib.sha256()
-            while block := answer.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        if not digest.hexdigest().startswith(named[1]):
-            raise ModelReferenceError(
-                f"{name} arrived with sha256 {digest.hexdigest()[:16]}…, not {named[1]}…", hint="run the command again"
-            )
-        os.replace(part, target)
-    except HTTPError as err:
-        raise ModelReferenceError(f"{urlsplit(url).hostname} answered {err.code} for {name}", hint=_LOCAL) from None
-    except (OSError, ValueError, HTTPException) as err:
-        cause = getattr(err, "reason", None) or err
-        raise ModelReferenceError(
-            f"no {name} from {urlsplit(url).hostname} into {folder}: {cause}", hint=_LOCAL
-        ) from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
-    return target
-
-
-def _sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_url(url: str) -> str:
-    """Refuse other schemes, hosts and ports; give the file's name."""
-    parts = urlsplit(url)
-    if parts.scheme != "https" or parts.netloc not in _WEIGHT_HOSTS:
-        raise ModelReferenceError(f"weights are fetched from https://{min(_WEIGHT_HOSTS)} alone, not from {url}")
-    name = parts.path.rpartition("/")[2]
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name.startswith("."):
-        raise ModelReferenceError(f"{url} does not end in a file name")
-    return name
+        raise ModelReferenceError(f"{fault.cause}; {what} is not in the cache {constants.HF_HUB_CACHE}", hint=otherwise)
+    raise ModelReferenceError(f"{what}: {fault.cause}", hint=otherwise)

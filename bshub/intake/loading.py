@@ -39,7 +39,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
             f"{origin}: its tensors are not those of the model: {', '.join(parts)}",
             hint="name the architecture that was trained: --arch NAME",
         )
-    differing = [name for name, value in given.items() if value.shape != expected[name].shape]
+    differing = [name for name, value in expected.items() if name in given and value.shape != given[name].shape]
     if differing:
         name = differing[0]
         theirs, ours = list(given[name].shape), list(expected[name].shape)

@@ -12,15 +12,20 @@ import torch
 from torch import nn
 
 from bshub.errors import CheckpointError, ModelReferenceError
+from bshub.files import MANIFEST, recorded_sha256, sha256
 from bshub.intake.build import build
 from bshub.intake.checkpoint import read_checkpoint
-from bshub.intake.hub import fetch, fetch_url, split_reference
+from bshub.intake.header import MAX_BYTES
+from bshub.intake.hub import fetch, split_reference
 from bshub.intake.loading import load_into
 from bshub.intake.preprocessing import Preprocessing, make_preprocessing, override
 from bshub.intake.recipe import Recipe, apply_recipe
 from bshub.intake.reference import FORBIDDEN_ARGUMENTS, Architecture, Reference, parse_architecture, parse_reference
+from bshub.intake.weights_url import fetch_url
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# A network is built at its full width before a recipe narrows it; how much larger than its file it may be.
+_PRUNED, _SMALL = 64, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
                 f"{parsed.text} has no {missing}", hint="give a folder in timm's layout, or a weights file with --arch"
             )
         config_path, weights_path = folder / "config.json", found[0]
+        _check_digest(folder, weights_path)
     else:
         repository, revision = split_reference(str(parsed.repository))
         base = repository
@@ -136,7 +142,8 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     recipe = Recipe.from_json(spec.get("bshub") or {})
     stem = recipe.stem or wanted.stem
     classes = num_classes or spec.get("num_classes") or (spec.get("pretrained_cfg") or {}).get("num_classes")
-    module, config, _ = build(wanted, _classes(wanted, classes), stem=stem)
+    room = max(_SMALL, _PRUNED * weights_path.stat().st_size)
+    module, config, _ = build(wanted, _classes(wanted, classes), stem=stem, max_bytes=min(room, MAX_BYTES))
     state = read_checkpoint(weights_path)
     apply_recipe(module, recipe, state)
     load_into(module, state, origin=parsed.text)
@@ -147,6 +154,16 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     return _loaded(
         module, wanted, parsed.text, config, "the model's config.json", spec.get("label_names"), recipe, licence, base
     )
+
+
+def _check_digest(folder: Path, weights: Path) -> None:
+    """In an output of bshub the weights are those that its report describes: a flipped bit is no tensor error."""
+    recorded = recorded_sha256(folder, weights.name)
+    if recorded is not None and recorded != sha256(weights):
+        raise CheckpointError(
+            f"{weights.name} is not the file that {MANIFEST} beside it describes (sha256 {recorded[:16]}…)",
+            hint=f"fetch it again; if you changed it yourself, delete {MANIFEST}",
+        )
 
 
 def _fetch_weights(repository: str, revision: str | None) -> Path:

@@ -59,7 +59,7 @@ def make_preprocessing(config: dict[str, Any], source: str) -> Preprocessing:
     try:
         clean = {key: _plain(config[key]) for key in KEYS if config.get(key) is not None}
         channels, height, width = (int(size) for size in clean["input_size"])
-        if channels != 3 or not (0 < height <= 4096 and 0 < width <= 4096):
+        if channels != 3 or not (0 < height <= 2048 and 0 < width <= 2048):
             raise ValueError(f"input size {clean['input_size']}")
         numbers = [float(value) for value in (*clean["mean"], *clean["std"])]
         if len(clean["mean"]) != 3 or len(clean["std"]) != 3 or not all(map(math.isfinite, numbers)):

@@ -1,7 +1,8 @@
 """The child process that opens pickles: ``python -m bshub.intake.quarantine IN OUT``.
 
-Under limits of memory, processor time and file size it reads IN with ``weights_only=True``, admits the tensors and
-writes them to OUT as safetensors. On refusal it prints one line of JSON, ``{"message": …, "hint": …}``, and ends
+Under limits of memory, processor time and file size, without network, other programs or a place to write but OUT's
+folder (``confine.py``), it reads IN with ``weights_only=True``, admits the tensors and writes them to OUT as
+safetensors. On refusal it prints one line of JSON, ``{"message": …, "hint": …}``, and ends
 with status 2. torch's own messages are not passed on: they advise turning the guard off.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bshub.errors import BshubError, CheckpointError, printable
+from bshub.intake.confine import forbid_natively, forbid_python
 from bshub.intake.header import MAX_BYTES
 
 MAX_ENTRIES = 200_000
@@ -72,6 +74,8 @@ def convert(source: Path, target: Path) -> None:
     from bshub.intake.admission import admit, unwrap
 
     limit_process(6 * unpacked + (1 << 30))
+    forbid_natively(target.parent)
+    forbid_python(target.parent)
     state = admit(unwrap(_load(source, origin), origin=origin), origin=origin)
     safetensors.torch.save_file(state, target)
 

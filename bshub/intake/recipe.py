@@ -6,6 +6,7 @@ every narrowed tensor takes the shape it has in the file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,7 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
 def _places(numbers: list[int]) -> tuple[int, int, list[int]]:
     """``[axis, width, *ranges]`` of a refilled module."""
     axis, width, index = numbers[0], numbers[1], _expand(numbers[2:])
-    rising = all(a < b for a, b in zip(index, index[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(index))
     if type(axis) is not int or type(width) is not int or not (2 <= axis <= 4 and rising and index[-1] < width < 10**6):
         raise ValueError("refilled places out of range")
     return axis, width, index

@@ -111,7 +111,7 @@ def parse_architecture(text: str) -> Architecture:
     if library not in ("timm", "torchvision") or not name:
         raise ModelReferenceError(f"{text!r} is not an architecture", hint="write timm/NAME or torchvision/NAME")
     name, _, tag = name.partition("." if library == "timm" else ":")
-    options = dict(_option(part) for part in query.split("&") if part)
+    options = dict(parse_option(part) for part in query.split("&") if part)
     stem = options.pop("stem", None)
     if stem not in (None, "cifar"):
         raise ModelReferenceError(f"unknown stem {stem!r}", hint="the only other stem is stem=cifar")
@@ -124,7 +124,12 @@ def parse_architecture(text: str) -> Architecture:
     return Architecture(library, name, tag or None, options, stem, preprocessing)
 
 
-def _option(part: str) -> tuple[str, Any]:
+def parse_option(part: str) -> tuple[str, Any]:
+    """``name=value`` with the value as a number, truth value, list or text.
+
+    Raises:
+        ModelReferenceError: It is not of that form.
+    """
     key, equals, value = part.partition("=")
     if not equals or not key.isidentifier():
         raise ModelReferenceError(f"{part!r} is not an option", hint="options are name=value, joined by &")

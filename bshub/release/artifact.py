@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from bshub.files import MANIFEST, sha256
+from bshub.errors import OutputError
+from bshub.files import MANIFEST, json_text, sha256
 from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
 
@@ -25,14 +27,31 @@ def write_model(folder: Path, model: nn.Module, source: LoadedModel, recipe: Rec
         source: What it was loaded from.
         recipe: What surgery changed, this time and before.
     """
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # the library writes it for the owner alone
+    write_weights(folder / WEIGHTS, model)
     write_json(folder / "config.json", model_config(model, source, recipe))
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a network's state dict as safetensors.
+
+    Raises:
+        OutputError: There is no room for it.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OutputError(f"writing {path.name} failed: {error}", hint="free space, then rerun") from None
+    path.chmod(0o644)  # the library writes it for the owner alone
 
 
 def model_config(model: nn.Module, source: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     """timm's config schema plus one ``bshub`` key."""
+    return {**dense_config(model, source), "bshub": recipe.as_json()}
+
+
+def dense_config(model: nn.Module, source: LoadedModel) -> dict[str, Any]:
+    """timm's config schema alone, for a network that its library builds as it is."""
     origin, wanted = source.origin, source.origin.architecture
     pretrained: dict[str, Any] = {
         "custom_load": False,
@@ -47,7 +66,6 @@ def model_config(model: nn.Module, source: LoadedModel, recipe: Recipe) -> dict[
         "architecture": wanted.name if wanted.library == "timm" else f"{wanted.library}/{wanted.name}",
         "num_classes": origin.num_classes,
         "pretrained_cfg": pretrained,
-        "bshub": recipe.as_json(),
     }
     features = getattr(model, "num_features", None)
     if isinstance(features, int):
@@ -60,15 +78,16 @@ def model_config(model: nn.Module, source: LoadedModel, recipe: Recipe) -> dict[
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Indented, UTF-8, ending in a newline; NaN is refused."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Indented, UTF-8, ending in a newline; NaN is refused, and what could steer a terminal is escaped."""
+    path.write_text(json_text(data), encoding="utf-8")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the report with the digest of every other file: the last thing written."""
+    """Write the report with the time and the digest of every other file: the last thing written but a signature."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
-    write_json(folder / MANIFEST, {**report, "files": files})
+    created = datetime.now(UTC).isoformat(timespec="seconds")  # a gate may refuse what is too old
+    write_json(folder / MANIFEST, {**report, "created": created, "files": files})

@@ -1,145 +1,73 @@
-"""The model card: what was done to which model, measured how, and how to load the result."""
+"""The model card: what was done to which model and why, measured how, and how to load the result."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from bshub.errors import printable
 from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
+from bshub.release.card_metadata import front_matter
+from bshub.release.loaders import loader_text, onnx_text
+from bshub.surgery.proof import Proof
 
-TEMPLATE = """\
-# {{ name }}, sanitized
+__all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
 
-This is `{{ reference }}` after [bshub](#how-to-make-it) looked for filters that could carry a backdoor, removed
-them physically and repaired the network on {{ report.clean_images.n }} clean images.
-
-| | before | after |
-|---|---|---|
-{% for row in rows -%}
-| {{ row[0] }} | {{ row[1] }} | {{ row[2] }} |
-{% endfor %}
-Rates are in percent with a 95 % Wilson interval and the number of images.
-
-## What was removed
-
-{{ counts.flagged }} of {{ report.diagnosis.filters }} filters were flagged: their score `{{ report.diagnosis.score }}`
-lies more than {{ "%.2f"|format(report.diagnosis.threshold.mu) }} standard deviations above their layer's mean
-({{ report.diagnosis.threshold.reason }}). {{ counts.removed }} left the network physically,
-{% if counts.followers %}{{ counts.followers }} filters that depended on them left with them, {% endif -%}
-{{ counts.silenced }} were silenced in place because another branch shares their channel. On
-{{ report.proof.images }} real images the smaller network's logits equalled those of the masked original
-(relative error {{ "%.1e"|format(report.proof.error) }}) before the repair.
-
-## Limits
-
-{% if asr -%}
-The attack success rate above is for the one trigger that was given; it was used to measure, never to choose.
-{% else -%}
-No trigger was known, so no attack success rate was measured: removing suspicious filters is no proof that the
-model had a backdoor, nor that none is left.
-{% endif -%}
-{% for warning in report.warnings -%}
-{{ warning }}
-{% endfor %}
-## How to load it
-
-With torch and {{ library }} alone:
-
-```python
-{{ loader }}
-```
-
-or `bshub.load("…").module`. 
-
-Preprocessing:
-
-{% for key, value in preprocessing.items() -%}
-- {{ key }}: `{{ value }}`
-{% endfor -%}{% if onnx %}
-`model.onnx` takes normalised `images` of shape `[batch, {{ size }}]` and gives `logits`; it agrees with the torch
-model to {{ "%.1e"|format(onnx.error) }} of the largest logit.
-{% endif %}
-## How to make it
-
-```
-{{ command }}
-```
-"""
-
-_LOADERS = {
-    "timm": """\
-import json, timm, torch
-from safetensors.torch import load_file
-
-cfg, state = json.load(open("config.json")), load_file("model.safetensors")
-model = timm.create_model(cfg["architecture"], num_classes=cfg["num_classes"], **cfg.get("model_args", {}))
-""",
-    "torchvision": """\
-import json, torch, torchvision
-from safetensors.torch import load_file
-
-cfg, state = json.load(open("config.json")), load_file("model.safetensors")
-name = cfg["architecture"].removeprefix("torchvision/")
-model = torchvision.models.get_model(name, num_classes=cfg["num_classes"], **cfg.get("model_args", {}))
-""",
+LAYERS_SHOWN = 8
+SCORE_WORDS = {
+    "lipschitz": "how strongly the filter and its batch norm can amplify what they see",
+    "clp": "how strongly the filter and its batch norm can amplify what they see",
+    "bss": "how strongly it can amplify, how little it moves with the others, and how quiet it is on clean images",
+    "lone": "how strongly it can amplify and how little it moves with the others of its layer",
+    "dormant": "how strongly it can amplify, against how quiet it is on clean images",
+    "bn-shift": "how far its values on clean images lie from those it saw in training",
 }
-_CIFAR_STEM = """\
-first = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
-old = model.get_submodule(first)
-model.set_submodule(first, torch.nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=old.bias is not None))
-pool = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.MaxPool2d))
-model.set_submodule(pool, torch.nn.Identity())
-"""
-_BUFFERS = """\
-for name, axes in cfg["bshub"]["kept"].items():
-    if name not in state:  # a buffer that the constructor made at its full width
-        owner, _, leaf = name.rpartition(".")
-        for axis, r in axes.items():
-            index = [i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)]
-            buffers = model.get_submodule(owner)._buffers
-            buffers[leaf] = buffers[leaf].index_select(int(axis), torch.tensor(index))
-"""
-_REFILL = """\
-def refill(module, axis, width, *r):  # zeros at the places of channels that left, while the module slides along them
-    kept = torch.tensor([i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)])
-    wide = lambda x: x.new_zeros(*x.shape[:axis], width, *x.shape[axis + 1 :]).index_copy(axis, kept, x)
-    module.register_forward_pre_hook(lambda m, args: (wide(args[0]),))
-    module.register_forward_hook(lambda m, args, y: y.index_select(axis, kept))
-for name, places in cfg["bshub"]["refilled"].items():
-    refill(model.get_submodule(name), *places)
-"""
-_NARROW = """\
-for name, attributes in cfg["bshub"]["attributes"].items():
-    vars(model.get_submodule(name)).update(attributes)
-for name, tensor in state.items():
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    store = module._parameters if leaf in module._parameters else module._buffers
-    store[leaf] = torch.nn.Parameter(tensor) if store is module._parameters else tensor
-model.eval()"""
+REPAIR_WORDS = {
+    "distil": "learning from the answers of the network before pruning",
+    "finetune": "plain fine-tuning on the labels",
+}
 
 
-def loader_text(library: str, stem: str | None, buffers: bool = False, refilled: bool = False) -> str:
-    """Python that rebuilds the sanitized network in its own folder, with torch and the model library alone.
+@dataclass(frozen=True)
+class Plot:
+    """A picture for the card: its path in the folder and a text for those who cannot see it."""
 
-    Args:
-        library: ``timm`` or ``torchvision``.
-        stem: ``cifar`` where the stem was replaced.
-        buffers: Whether buffers that no checkpoint holds were narrowed.
-        refilled: Whether modules slide along their channels.
+    path: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else lies in the folder.
+
+    Attributes:
+        plots: Pictures.
+        dense: Whether there is a dense copy.
+        page: Whether there is a ``report.html``.
+        repository: Where it will be published, if that is known.
     """
-    extras = (_CIFAR_STEM if stem else "") + (_BUFFERS if buffers else "") + (_REFILL if refilled else "")
-    return _LOADERS[library] + extras + _NARROW
+
+    plots: Sequence[Plot] = ()
+    dense: bool = False
+    page: bool = False
+    repository: str | None = None
 
 
-def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: dict[str, Any], command: str) -> str:
+def model_card(
+    source: LoadedModel,
+    model: nn.Module,
+    recipe: Recipe,
+    report: dict[str, Any],
+    command: str,
+    extras: Extras | None = None,
+) -> str:
     """The text of the artifact's ``README.md``.
 
     Args:
@@ -148,64 +76,68 @@ def model_card(source: LoadedModel, model: nn.Module, recipe: Recipe, report: di
         recipe: Its recipe.
         report: Of the run.
         command: The command line that made it.
+        extras: What else lies in the folder.
 
     Returns:
         YAML front matter and Markdown; everything foreign is escaped.
     """
-    origin = source.origin
-    name = origin.base_model or origin.architecture.name
-    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    extras = extras or Extras()
+    origin, threshold = source.origin, report["diagnosis"]["threshold"]
+    flagged = sorted(report["diagnosis"]["flagged"].items(), key=lambda item: -len(item[1]))
     evaluation = report.get("evaluation") or {}
-    text = environment.from_string(TEMPLATE).render(
-        name=escape(name),
+    text = _template("card.md.jinja").render(
+        name=escape(_name(source)),
         reference=re.sub(r"[^\w./:@?&=,+ -]", "_", shown_reference(origin.reference))[:300],
         report={**report, "warnings": [escape(warning) for warning in report["warnings"]]},
         counts=report["counts"],
         rows=_rows(report),
+        plots=extras.plots,
+        score_words=SCORE_WORDS.get(report["diagnosis"]["score"], "see bshub's documentation"),
+        mu=threshold["mu"],
+        threshold_reason=escape(threshold["reason"]),
+        layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
+        more_layers=len(flagged[LAYERS_SHOWN:]),
+        more_filters=sum(len(filters) for _, filters in flagged[LAYERS_SHOWN:]),
+        repair_words=REPAIR_WORDS.get(report["settings"]["repair"], escape(report["settings"]["repair"])),
         asr=(evaluation.get("after") or {}).get("asr"),
+        licence=origin.licence,
         library=origin.architecture.library,
+        repository=extras.repository or "user/repo",
         loader=loader_text(
             origin.architecture.library,
             recipe.stem,
             bool(recipe.kept.keys() - model.state_dict().keys()),
             bool(recipe.refilled),
         ),
-        preprocessing=source.preprocessing.config,
         onnx=report.get("onnx"),
+        onnx_loader=onnx_text(source.preprocessing.config),
+        dense=extras.dense,
+        page=extras.page,
+        preprocessing=source.preprocessing.config,
         size=", ".join(map(str, source.preprocessing.input_size)),
         command=printable(command, 2000).replace("```", ""),
+        versions="Made with " + ", ".join(f"{n} {v}" for n, v in report.get("versions", {}).items()),
     )
-    return f"---\n{_front_matter(source, name, evaluation).to_yaml()}\n---\n\n{text}"
+    return f"---\n{front_matter(source, _name(source), report)}\n---\n\n{text}"
 
 
-def _front_matter(source: LoadedModel, name: str, evaluation: dict[str, Any]) -> ModelCardData:
-    accuracy = (evaluation.get("after") or {}).get("accuracy")
-    results = (
-        [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type="imagefolder",
-                dataset_name=f"held-out images (n={accuracy['n']})",
-                metric_type="accuracy",
-                metric_value=accuracy["percent"] / 100,
-            )
-        ]
-        if accuracy
-        else None
+def dense_card(source: LoadedModel, proof: Proof) -> str:
+    """The card of a dense copy."""
+    text = _template("dense_card.md.jinja").render(
+        name=escape(_name(source)), library=source.origin.architecture.library, proof=proof
     )
-    extra: dict[str, Any] = {}
-    if source.origin.licence:
-        extra["license"] = source.origin.licence
-    if source.origin.base_model:
-        extra.update(base_model=source.origin.base_model, base_model_relation="finetune")
-    return ModelCardData(
-        library_name=source.origin.architecture.library,
-        pipeline_tag="image-classification",
-        tags=["bshub", "backdoor-sanitized", "pruned"],
-        model_name=name if results else None,
-        eval_results=results,
-        **extra,
-    )
+    return f"---\n{front_matter(source, _name(source), {}, tags=['compatibility-copy'])}\n---\n\n{text}"
+
+
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(
+        loader=loader, autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    ).get_template(name)
+
+
+def _name(source: LoadedModel) -> str:
+    return source.origin.base_model or source.origin.architecture.name
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:

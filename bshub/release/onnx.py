@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bshub.errors import ExportError
 from bshub.graph.trace import in_mode
+from bshub.release.onnx_check import check_onnx
 
 BOUND = 1e-4  # of the largest logit: an absolute bound would fail a healthy net with large logits
 
@@ -50,7 +51,14 @@ class Parity:
         return {**asdict(self), "holds": self.holds}
 
 
-def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, Any] | None = None) -> Parity:
+def export_onnx(
+    model: nn.Module,
+    images: Tensor,
+    path: Path,
+    metadata: dict[str, Any] | None = None,
+    *,
+    opset: int | None = None,
+) -> Parity:
     """Write, check and compare an ONNX file with a dynamic batch axis.
 
     Args:
@@ -58,6 +66,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         images: Real normalised images ``[n, c, h, w]``, at least one.
         path: Where the file goes.
         metadata: JSON-able values embedded as ``metadata_props``.
+        opset: Of the file; the exporter's own choice by default.
 
     Returns:
         The parity, which holds.
@@ -66,7 +75,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         ExportError: The exporter, the checker or the comparison failed; no file is left.
     """
     try:
-        _export(model, images, path, metadata or {})
+        _export(model, images, path, metadata or {}, opset)
         parity = compare_onnx(model, images, path)
         if not parity.holds:
             answers = "the same" if parity.same_answers else "other"
@@ -81,7 +90,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         raise
 
 
-def _export(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, Any]) -> None:
+def _export(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, Any], opset: int | None) -> None:
     import onnx
 
     example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
@@ -99,6 +108,7 @@ def _export(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, An
                 dynamo=True,
                 optimize=True,
                 external_data=False,
+                opset_version=opset,
                 verbose=False,
             )
         proto = onnx.load(str(path), load_external_data=False)
@@ -108,9 +118,12 @@ def _export(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, An
             hint="--no-onnx leaves it out",
         ) from error
     _strip_paths(proto)
-    for key, value in metadata.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if opset is not None and opset_of(proto) != opset:
+        raise ExportError(
+            f"the network cannot be written with opset {opset}; the exporter made {opset_of(proto)}",
+            hint=f"--opset {opset_of(proto)}",
+        )
+    set_metadata(proto, metadata)
     path.write_bytes(proto.SerializeToString())
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -120,11 +133,7 @@ def _export(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, An
 
 def compare_onnx(model: nn.Module, images: Tensor, path: Path, batch_sizes: Sequence[int] = (1, 8)) -> Parity:
     """Run the file and the model on the same images, at two batch sizes."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     worst, same, sizes = 0.0, True, []
     with torch.no_grad(), in_mode(model, False):
         for size in batch_sizes:
@@ -139,10 +148,34 @@ def compare_onnx(model: nn.Module, images: Tensor, path: Path, batch_sizes: Sequ
             sizes.append(size)
     import onnx
 
-    opset = next(
-        item.version for item in onnx.load(str(path), load_external_data=False).opset_import if not item.domain
-    )
-    return Parity(worst, BOUND, same, tuple(sizes), opset)
+    return Parity(worst, BOUND, same, tuple(sizes), opset_of(onnx.load(str(path), load_external_data=False)))
+
+
+def set_metadata(proto: Any, metadata: dict[str, Any]) -> None:
+    """Replace a file's ``metadata_props``; what is not text becomes JSON."""
+    del proto.metadata_props[:]
+    for key, value in metadata.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def opset_of(proto: Any) -> int:
+    """Version of ONNX's own operators in a file."""
+    return next(item.version for item in proto.opset_import if not item.domain)
+
+
+def open_session(path: Path) -> Any:
+    """An onnxruntime session on the CPU, quiet, of a file that the checker passes.
+
+    Raises:
+        ExportError: It does not.
+    """
+    import onnxruntime
+
+    check_onnx(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _strip_paths(proto: Any) -> None:

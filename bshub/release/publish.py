@@ -7,18 +7,17 @@ the folder's files, byte for byte, on top of the head that was seen before; or t
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import quote
 
 from bshub.errors import ModelReferenceError, PublishError
+from bshub.files import MANIFEST
 from bshub.intake.hub import HubFault, diagnose, split_reference
+from bshub.release.contents import images_shown, is_own, read_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Published", "publish"]
 
 _T = TypeVar("_T")
-
-# What an artifact is made of, beside plots/: nothing else is ever deleted from a repository.
-_OWN = frozenset({"model.safetensors", "model.onnx", "config.json", "metrics.json", "bshub-report.json", "README.md"})
-_REPORT = "bshub-report.json"
 
 _WAITS = (1.0, 3.0)
 # Seconds to connect, read, write and wait for a free connection; the client's own default is for ever.
@@ -52,6 +47,10 @@ class Published:
     files: tuple[str, ...]
     unchanged: bool
 
+    def as_dict(self) -> dict[str, Any]:
+        """For reports."""
+        return {**asdict(self), "files": list(self.files)}
+
 
 @dataclass(frozen=True)
 class _Head:
@@ -68,9 +67,9 @@ class _Head:
     def leftovers(self, files: Mapping[str, frozenset[str]]) -> list[str]:
         """Paths of an earlier artifact that the new one does not have."""
         # Without a report there was no artifact: the files are somebody's own, whatever their names.
-        if _REPORT not in self.ids:
+        if MANIFEST not in self.ids:
             return []
-        return [path for path in self.ids if path not in files and _is_own(path)]
+        return [path for path in self.ids if path not in files and is_own(path)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,13 @@ class _Place:
         ids = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id or "" for file in info.siblings or []}
         return _Head(info.sha or "", bool(info.private), ids)
 
+    def is_private(self) -> bool:
+        """Whether the repository is there and private, as far as this account can see."""
+        try:
+            return self.head().private
+        except PublishError:
+            return False
+
     def refuse(self, fault: HubFault) -> NoReturn:
         """Raise what a fault means for somebody who wants to publish."""
         repo, again = self.repo_id, "run the same command again; what was uploaded is not sent twice"
@@ -142,6 +148,7 @@ def publish(
     create_pr: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    show_images: bool = False,
 ) -> Published:
     """Put a folder into a Hub repository, as one commit.
 
@@ -152,19 +159,22 @@ def publish(
         create_pr: Open a pull request instead of pushing to the branch.
         revision: An existing branch; the main branch by default.
         message: The commit message.
+        show_images: Publish the clean images that the report page shows, to a public repository as well.
 
     Raises:
         PublishError: Bad folder or name, no access, no network, the Hub's refusal, or a competing push.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    try:
-        if split_reference(f"{repo_id}@{revision}" if revision else repo_id) != (repo_id, revision or None):
-            raise PublishError(f"{repo_id!r} is not a repository's name", hint="write user/repo")
-    except ModelReferenceError as err:
-        raise PublishError(err.message, hint=err.hint) from None
-    files = _read_folder(folder)
+    check_name(repo_id, revision)
+    files = read_folder(folder)
     place = _Place(HfApi(), repo_id, revision or None)
+    shown = 0 if private or show_images else images_shown(folder)
+    if shown and not place.is_private():
+        raise PublishError(
+            f"report.html shows {shown} of the clean images, and {repo_id} is not private; nothing was published",
+            hint="add --show-images if the world may see them, or --private, or sanitize with --no-thumbnails",
+        )
     # `or None` leaves the choice to the organization's default.
     place.ask(lambda: place.api.create_repo(repo_id, private=private or None, exist_ok=True))
     before = place.head()
@@ -203,6 +213,41 @@ def publish(
             hint="the file changed while it was read, or the repository's .gitignore leaves it out",
         )
     return Published(url, oid, tuple(files), unchanged=False)
+
+
+def check_name(repo_id: str, revision: str | None = None) -> None:
+    """Refuse what cannot be a repository or a revision.
+
+    Raises:
+        PublishError: It is not.
+    """
+    try:
+        if split_reference(f"{repo_id}@{revision}" if revision else repo_id) != (repo_id, revision or None):
+            raise PublishError(f"{repo_id!r} is not a repository's name", hint="write user/repo")
+    except ModelReferenceError as err:
+        raise PublishError(err.message, hint=err.hint) from None
+
+
+def preview(folder: Path, repo_id: str) -> dict[str, Any]:
+    """What :func:`publish` would send; asks nobody.
+
+    Returns:
+        ``files`` (path → bytes), ``bytes`` in all, ``clean_images_shown`` and the rendered ``card``.
+
+    Raises:
+        PublishError: Bad folder or name.
+    """
+    check_name(repo_id)
+    sizes = {path: (folder / path).stat().st_size for path in read_folder(folder)}
+    card = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if "README.md" in sizes else None
+    shown = images_shown(folder)
+    return {
+        "repository": repo_id,
+        "files": sizes,
+        "bytes": sum(sizes.values()),
+        "clean_images_shown": shown,
+        "card": card,
+    }
 
 
 def _commit_once(
@@ -246,52 +291,3 @@ def _bounded_waiting() -> Iterator[None]:
         yield
     finally:
         session.timeout = before
-
-
-def _read_folder(folder: Path) -> dict[str, frozenset[str]]:
-    """Path → the two ids under which the Hub may list the file: git's, and the sha256 of LFS.
-
-    Raises:
-        PublishError: No such folder, nothing in it, something unreadable, or one of the artifact's files is a link.
-    """
-    ids = {}
-    try:
-        for parent, folders, names in os.walk(folder, onerror=_raise):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in (*names, *folders):
-                path = Path(parent, name)
-                inside = path.relative_to(folder).as_posix()
-                if path.is_symlink() and _is_own(inside):
-                    # Left out like other links, it would be missing from the repository, or deleted there.
-                    raise PublishError(f"{path} is a symbolic link", hint="put the file itself in its place")
-                if name.startswith(".") or not stat.S_ISREG(path.lstat().st_mode):
-                    continue
-                if not inside.isprintable():
-                    raise PublishError(f"{inside!r} is not a file name the Hub would take", hint="rename the file")
-                ids[inside] = _ids(path)
-    except OSError as err:
-        raise PublishError(f"{folder} cannot be read: {err.strerror or err}") from None
-    if not ids:
-        raise PublishError(f"{folder} holds no files to publish", hint="bshub sanitize writes such a folder")
-    return dict(sorted(ids.items()))
-
-
-def _is_own(path: str) -> bool:
-    """Whether the path is one that bshub itself writes."""
-    return path in _OWN or path.split("/")[0] == "plots"
-
-
-def _raise(error: OSError) -> NoReturn:
-    """Let os.walk fail where it would skip."""
-    raise error
-
-
-def _ids(path: Path) -> frozenset[str]:
-    """Git's id of a file's bytes and their sha256, in one pass."""
-    with open(path, "rb") as file:
-        git = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
-        sha256 = hashlib.sha256()
-        while block := file.read(1 << 20):
-            git.update(block)
-            sha256.update(block)
-    return frozenset({git.hexdigest(), sha256.hexdigest()})

@@ -27,11 +27,13 @@ class Threshold:
         mu: The multiplier.
         reason: How it was chosen, in words.
         curve: ``(μ, flagged filters, clean accuracy)`` of every candidate that was tried, by falling μ.
+        floor: Lowest clean accuracy within the budget, 0 to 1, where there is a curve.
     """
 
     mu: float
     reason: str
     curve: tuple[tuple[float, int, float], ...] = ()
+    floor: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For reports."""
@@ -119,9 +121,11 @@ def choose_mu(
             MU_NOTHING,
             f"even μ = {MU_HIGH:g} costs more than {loss}: nothing is pruned",
             curve,
+            floor,
         )
     return Threshold(
         best,
         f"the lowest μ whose pruned model loses at most {loss} on the clean images",
         curve,
+        floor,
     )

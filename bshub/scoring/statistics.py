@@ -159,7 +159,7 @@ class _Stream:
     def __init__(self, pair: ConvBN, affine: Affine) -> None:
         out, device = pair.out_channels, affine.scale.device
         self.pair, self.affine = pair, affine
-        self._act = _activation_of(pair)
+        self._act = activation_of(pair)
         self._images = 0
         self._norms = torch.zeros(out, device=device)
         self._points = 0  # positions seen, for the exact moments
@@ -233,7 +233,8 @@ def _merge(n: int, mean: Tensor, m2: Tensor, k: int, other: Tensor, variance: Te
     return total, mean + delta * (k / total), m2 + variance * k + delta.square() * (n * k / total)
 
 
-def _activation_of(pair: ConvBN) -> Callable[[Tensor], Tensor]:
+def activation_of(pair: ConvBN) -> Callable[[Tensor], Tensor]:
+    """The activation that follows a pair's first batch norm, or the identity."""
     found = pair.readers[0].activation
     if found is None:
         return lambda z: z

@@ -1,0 +1,78 @@
+"""``python -m fuzz SECONDS [TARGET …]``: let atheris look for bytes that break the promise, target after target.
+
+What it finds lies in the folder ``fuzz-findings`` as a file per input; the exit status is that of the first find. The
+targets run one after the other in child processes, as libFuzzer never returns.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+NAMES = ("checkpoint", "image", "text")
+MEMORY = 8 << 30  # a hostile size must end as an error, not in the system's memory
+PARSERS = [
+    "bshub.intake",
+    "bshub.settings",
+    "bshub.evaluation.attacks.trigger",
+    "PIL",
+    "json",
+    "csv",
+    "tomllib",
+    "zipfile",
+]
+
+
+def main(arguments: list[str]) -> int:
+    """Run every target for its share of the time."""
+    names = arguments[1:] or list(NAMES)
+    share = max(1, int(float(arguments[0]) / len(names)))
+    findings = Path("fuzz-findings").absolute()
+    for name in names:
+        findings.mkdir(exist_ok=True)
+        command = [
+            sys.executable, "-m", "fuzz.__main__", "--one", name, f"-max_total_time={share}", "-timeout=120",
+            "-rss_limit_mb=16384", "-max_len=8192", "-print_final_stats=1",
+            f"-artifact_prefix={findings}{os.sep}{name}-",
+        ]  # fmt: skip
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            print(f"fuzz: {name} broke the promise; the input is under {findings}", file=sys.stderr)
+            return status
+    if not any(findings.iterdir()):
+        findings.rmdir()
+    print(f"fuzz: nothing found in {share} s each: {', '.join(names)}")
+    return 0
+
+
+def one(name: str, options: list[str]) -> None:
+    """Fuzz one target in this process; does not return."""
+    import resource
+
+    import atheris
+
+    with atheris.instrument_imports(include=PARSERS):
+        from bshub.intake import quarantine
+        from fuzz.targets import TARGETS, seeds
+
+    for wall in ("limit_process", "forbid_natively", "forbid_python"):  # they hold for good
+        setattr(quarantine, wall, lambda *arguments: None)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+        corpus, folder = Path(scratch, "corpus"), Path(scratch, "inputs")
+        corpus.mkdir()
+        folder.mkdir()
+        for number, data in enumerate(seeds(name)):
+            (corpus / str(number)).write_bytes(data)
+        atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: TARGETS[name](data, folder))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        one(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(main(sys.argv[1:]))
