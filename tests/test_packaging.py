@@ -74,9 +74,10 @@ def test_every_requirement_is_locked_within_its_bounds() -> None:
     project = PROJECT["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         wanted = Requirement(text)
-        for requirement, _ in locked[canonicalize_name(wanted.name)]:
-            version = next(iter(requirement.specifier)).version
-            assert wanted.specifier.contains(version, prereleases=True), text
+        versions = [next(iter(pin.specifier)).version for pin, _ in locked[canonicalize_name(wanted.name)]]
+        fits = [wanted.specifier.contains(version, prereleases=True) for version in versions]
+        # a requirement for some systems only has a pin of its own beside those for the others
+        assert fits and (any(fits) if wanted.marker else all(fits)), text
 
 
 def test_torch_and_torchvision_are_pinned_as_the_pair_they_were_compiled_as() -> None:
