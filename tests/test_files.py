@@ -14,7 +14,7 @@ import pytest
 
 from bshub import files
 from bshub.errors import OutputError
-from bshub.files import MANIFEST, check_output, json_text, output_folder, sha256
+from bshub.files import MANIFEST, check_output, json_text, output_folder, recorded_sha256, sha256
 
 posix = pytest.mark.skipif(os.name == "nt", reason="kills a child with a signal")
 
@@ -327,6 +327,41 @@ def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_is_far_too_long_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         check_output(tmp_path / ("a" * 300), False)
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+def test_a_system_without_the_call_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    import ctypes
+
+    asked: list[tuple[object, ...]] = []
+
+    class Library:
+        def renamex_np(self, *arguments: object) -> int:
+            asked.append(arguments)
+            return 0
+
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())  # one of a system that is not Linux
+    done = files._exchange(tmp_path / "a", tmp_path / "b")
+    assert done is (system == "darwin")
+    assert asked == ([(os.fsencode(tmp_path / "a"), os.fsencode(tmp_path / "b"), 2)] if done else [])
+
+
+def test_a_manifest_states_the_digest_of_its_files_or_nothing(tmp_path: Path) -> None:
+    assert recorded_sha256(tmp_path, "x") is None
+    for text in (
+        "",
+        "[" * 99_999,
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"x": 3}}',
+        '{"files": {"x": {"sha256": 3}}}',
+    ):
+        (tmp_path / MANIFEST).write_text(text)
+        assert recorded_sha256(tmp_path, "x") is None
+    (tmp_path / MANIFEST).write_text('{"files": {"x": {"sha256": "ab"}}}')
+    assert recorded_sha256(tmp_path, "x") == "ab"
 
 
 def test_sha256_is_hashlibs(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def test_bad_json_lines_are_refused(tmp_path: Path, text: str, said: str) -> Non
     assert said in refused(tmp_path)
 
 
-def test_two_tables_a_parquet_table_and_a_huge_one_are_refused(tmp_path: Path) -> None:
+def test_two_tables_a_parquet_table_and_a_huge_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bshub.intake.metadata._MAX_BYTES", 1 << 20)
     for kind in ("csv", "jsonl"):
         tabled(tmp_path / "two", ROWS, kind)
     assert "holds both" in refused(tmp_path / "two")
@@ -165,11 +166,11 @@ def test_two_tables_a_parquet_table_and_a_huge_one_are_refused(tmp_path: Path) -
     assert "Parquet table" in refused(tmp_path / "parquet")
     images(tmp_path / "huge", "a.png")
     with (tmp_path / "huge" / "metadata.csv").open("wb") as stream:
-        stream.truncate((256 << 20) + 1)
-    assert "larger than 256 MiB" in refused(tmp_path / "huge")
+        stream.truncate((1 << 20) + 1)
+    assert "larger than 1 MiB" in refused(tmp_path / "huge")
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["csv", "jsonl"]),
     st.binary(max_size=60)

@@ -60,16 +60,17 @@ def test_what_is_no_class_file_is_refused(tmp_path: Path, data: bytes | str) -> 
     assert str(caught.value).isprintable()
 
 
-def test_missing_and_huge_class_files_are_refused(tmp_path: Path) -> None:
+def test_missing_and_huge_class_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bshub.intake.labels._MAX_BYTES", 1 << 20)
     with pytest.raises(UsageError, match="No such file"):
         read_classes(tmp_path / "none")
     with (tmp_path / "huge").open("wb") as stream:
-        stream.truncate((64 << 20) + 1)
-    with pytest.raises(UsageError, match="larger than 64 MiB"):
+        stream.truncate((1 << 20) + 1)
+    with pytest.raises(UsageError, match="larger than 1 MiB"):
         read_classes(tmp_path / "huge")
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60) | st.lists(st.text(max_size=4), max_size=5).map(json.dumps).map(str.encode))
 def test_any_bytes_are_classes_or_one_kind_of_error(tmp_path: Path, data: bytes) -> None:
     try:

@@ -87,7 +87,7 @@ def test_a_converter_that_breaks_is_told_as_such(
     assert verdict(tmp_path, {"w": torch.ones(1)}, capsys)[1]["message"] == "m.pth: conversion failed (KeyError)"
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=200).map(lambda rest: b"\x80\x02" + rest),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=6),

@@ -136,6 +136,9 @@ def test_kept_indices_are_written_as_ranges() -> None:
         {"kept": {"w": {"0": [3, 1]}}},
         {"kept": {"w": {"0": [-1, 1]}}},
         {"kept": {"w": {"0": [0, 10**9]}}},
+        {"kept": {"w": {"0": [0, 999_999] * 99_999}}},
+        {"refilled": {str(k): [2, 999_999, 0, 999_998] for k in range(99)}},
+        {"kept": {"w": {str(axis): [0, 999_999] for axis in range(99_999)}}},
     ],
 )
 def test_what_is_no_recipe_is_refused(data: object) -> None:

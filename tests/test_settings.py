@@ -29,7 +29,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-@hypothesis_settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.builds(
         Settings,
@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     assert "larger than 1 MiB" in refused(file(tmp_path, "#" * (1 << 20) + "\n"))
 
 
-@hypothesis_settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=80) | st.text(max_size=80).map(str.encode))
 def test_any_bytes_are_settings_or_one_kind_of_error(tmp_path: Path, data: bytes) -> None:
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -201,3 +204,46 @@ def test_a_training_run_that_cannot_be_recorded_is_left_out_and_said() -> None:
 
     flow, _ = follow_channels(WantsTargets(), (3, 8, 8))
     assert flow.unseen == ("aux.bias", "aux.weight")
+
+
+class Deciding(nn.Module):
+    """Takes one of two ways, by something that ``by`` says of the input."""
+
+    def __init__(self, by: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.by = nn.Conv2d(3, 4, 3), by
+        self.register_buffer("flag", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.mean((2, 3)) if self.by(self, y) else y.amax((2, 3))
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        lambda net, y: y.mean() > 0,
+        lambda net, y: y.flatten()[0].item() > 0,
+        lambda net, y: torch.equal(y, y.abs()),
+        lambda net, y: int(y.argmax()) % 2,
+        lambda net, y: float(net.flag * y.sum()) > 0,
+    ],
+)
+def test_code_that_decides_by_the_images_is_refused_with_its_line(by: Callable[[nn.Module, Tensor], Any]) -> None:
+    with pytest.raises(TraceError) as caught:
+        record(nn.Sequential(nn.Identity(), Deciding(by)), (3, 8, 8))
+    assert caught.value.module == "1"
+    assert f"in module '1' ({Path(__file__).name}, line " in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        lambda net, y: y.shape[1] > 3,
+        lambda net, y: float(net.conv.weight.detach().sum()) > 0,
+        lambda net, y: bool(net.flag),
+        lambda net, y: int(torch.tensor(y.shape[-1]) // 2) > 1,
+    ],
+)
+def test_code_that_decides_by_shapes_or_weights_is_followed(by: Callable[[nn.Module, Tensor], Any]) -> None:
+    assert record(nn.Sequential(Deciding(by)), (3, 8, 8)).graph

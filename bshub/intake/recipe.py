@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from bshub.errors import CheckpointError
 from bshub.intake.refill import refill
 
+MAX_WIDTH = 10**6  # of one axis
+MAX_KEPT = 2 * 10**7  # of all; a few bytes of JSON can name a million
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -77,11 +80,14 @@ class Recipe:
             if data.get("format") not in (None, 1) or data.get("stem") not in (None, "cifar"):
                 raise ValueError("written by a newer bshub")
             attributes = {str(m): {str(k): v for k, v in a.items()} for m, a in data.get("attributes", {}).items()}
+            given, places = data.get("kept", {}), data.get("refilled", {})
+            count = sum(_size(ranges) for axes in given.values() for ranges in axes.values())
+            if count + sum(_size(numbers[2:]) for numbers in places.values()) > MAX_KEPT:
+                raise ValueError(f"more than {MAX_KEPT} kept indices")
             kept = {
-                str(name): {int(axis): _expand(ranges) for axis, ranges in axes.items()}
-                for name, axes in data.get("kept", {}).items()
+                str(name): {int(axis): _expand(ranges) for axis, ranges in axes.items()} for name, axes in given.items()
             }
-            refilled = {str(name): _places(numbers) for name, numbers in data.get("refilled", {}).items()}
+            refilled = {str(name): _places(numbers) for name, numbers in places.items()}
             return cls(attributes, kept, data.get("stem"), refilled)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the bshub recipe in config.json cannot be used: {error}") from None
@@ -190,8 +196,15 @@ def _ranges(index: list[int]) -> list[int]:
     return result
 
 
-def _expand(ranges: list[int]) -> list[int]:
+def _size(ranges: list[int]) -> int:
+    """How many indices they name."""
     pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
-    if any(not 0 <= a <= b < 10**7 for a, b in pairs):
+    size = sum(b - a + 1 for a, b in pairs)
+    if any(not 0 <= a <= b < MAX_WIDTH for a, b in pairs) or size > MAX_WIDTH:
         raise ValueError("kept indices out of range")
-    return [i for a, b in pairs for i in range(a, b + 1)]
+    return size
+
+
+def _expand(ranges: list[int]) -> list[int]:
+    _size(ranges)
+    return [i for a, b in zip(ranges[::2], ranges[1::2], strict=True) for i in range(a, b + 1)]

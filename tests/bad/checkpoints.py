@@ -196,7 +196,7 @@ REFUSED = CheckpointError
 CASES = [
     Case(1, "pickle payload in a zip", payload, REFUSED, "system, which weights never need", 2),
     Case(1, "pickle payload in the old format", lambda b: payload(b, False), REFUSED, "nothing was run", 2),
-    Case(2, "whole pickled module", saved(lambda b: nn.Linear(2, 2)), REFUSED, "a whole pickled model", 2),
+    Case(2, "whole pickled module", converted(lambda b: nn.Linear(2, 2)), REFUSED, "a whole pickled model", 2),
     Case(2, "Namespace", converted(lambda b: {"args": argparse.Namespace(lr=1)}), REFUSED, "argparse.Namespace", 2),
     Case(2, "numpy scalar", converted(lambda b: {"best": np.float64(0.9)}), REFUSED, "multiarray.scalar", 2),
     Case(3, "TorchScript", torchscript, REFUSED, "a TorchScript archive, which is a program", 2),
@@ -221,7 +221,7 @@ CASES = [
          silent=True),
     Case(12, "negative running_var", changed("conv1.1.running_var", one_bad_value(-0.5)), REFUSED,
          "'conv1.1.running_var' is a variance and is negative: -0.5", 2, silent=True),
-    Case(13, "list", saved(lambda b: [torch.ones(1)]), REFUSED, "holds a list, not a state dict", 2),
+    Case(13, "list", converted(lambda b: [torch.ones(1)]), REFUSED, "holds a list, not a state dict", 2),
     Case(13, "integer keys", converted(lambda b: {0: torch.ones(1)}), REFUSED, "has the key 0", 2),
     Case(14, "module. on every key", prefixed("module."), says='"accuracy"', silent=True),
     Case(14, "_orig_mod. and model.", prefixed("_orig_mod.model."), says='"accuracy"', silent=True),

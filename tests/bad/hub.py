@@ -114,12 +114,11 @@ def hostile_labels(bench: Bench) -> Outcome:
     texts = {path: path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".html", ".json", ".svg")}
     assert len(texts) >= 4
     for path, text in {**texts, "stdout": outcome.text}.items():
-        if str(path).endswith("report.html"):
-            text = text.replace("\t", "")  # the plotting library's code holds a few
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), path
-        text = re.sub("```.*?```", "", text, flags=re.DOTALL)  # code is shown as it is
+        # a tab is what the page's chart library holds
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), path
         if not str(path).endswith(("json", "stdout")):
-            assert SCRIPT not in text and "<img src=x" not in text, path
+            outside_code = re.sub("```.*?```", "", text, flags=re.DOTALL) if path.suffix == ".md" else text
+            assert not re.search(r"(?<!\\)<(script>alert|img src=x)", outside_code), path
     card = (out / "README.md").read_text()
     assert card.count("\n---\n") == 1 and not re.search("^license: mit", card, re.MULTILINE)
     assert json.loads((out / "config.json").read_text())["label_names"] == list(HOSTILE)

@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     for name in names:
         findings.mkdir(exist_ok=True)
         command = [
-            sys.executable, "-m", "fuzz.__main__", "--one", name, f"-max_total_time={share}", "-timeout=120",
-            "-rss_limit_mb=16384", "-max_len=8192", "-print_final_stats=1",
+            sys.executable, "-m", "fuzz.__main__", "--one", name, f"-max_total_time={share}", "-timeout=300",
+            "-report_slow_units=300", "-rss_limit_mb=16384", "-max_len=8192", "-print_final_stats=1",
             f"-artifact_prefix={findings}{os.sep}{name}-",
         ]  # fmt: skip
         status = subprocess.run(command, check=False).returncode
@@ -67,6 +67,7 @@ def one(name: str, options: list[str]) -> None:
         folder.mkdir()
         for number, data in enumerate(seeds(name)):
             (corpus / str(number)).write_bytes(data)
+            TARGETS[name](data, folder)  # what is imported on the way is no slowness of an input
         atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: TARGETS[name](data, folder))
         atheris.Fuzz()
 

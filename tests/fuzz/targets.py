@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import timm
 import torch
 from PIL import Image
 
@@ -25,7 +24,6 @@ from bshub.intake.datasets import parse_dataset
 from bshub.intake.folders import open_folder
 from bshub.intake.images import read_image
 from bshub.intake.labels import read_classes
-from bshub.intake.models import load_model
 from bshub.intake.reference import parse_reference
 from bshub.settings import read_settings
 
@@ -76,6 +74,8 @@ def written(folder: Path, name: str, data: bytes) -> Path:
 
 
 def _config(data: bytes, folder: Path) -> Any:
+    from bshub.intake.models import load_model
+
     shutil.copy(_weights(folder), folder / "model.safetensors")
     written(folder, "config.json", data)
     return load_model(str(folder))
@@ -109,6 +109,8 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
 
 @cache
 def _network() -> dict[str, torch.Tensor]:
+    import timm
+
     torch.manual_seed(0)
     return timm.create_model("test_efficientnet", num_classes=3).state_dict()
 
