@@ -15,10 +15,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ CPU = {"probe": 300, "rebuilds": 120, "peer": 120}  # seconds of CPU time that a
 WALL = 1800
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["warm"])
-os.environ["PYTHONPATH"] = str(HERE)  # for the fork server, which does not take over sys.path
+# for the fork server, which does not take over sys.path
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 KINDS = {"torchvision": "torchvision", "plain": "timm, plain CNNs", "hybrid": "timm, hybrids with attention"}
 
 
@@ -36,6 +40,18 @@ def models() -> list[tuple[str, str]]:
     """(kind, reference) of every model."""
     lines = (HERE / "models.txt").read_text().split("\n")
     return [(kind, name) for kind, _, name in (line.partition(" ") for line in lines if line)]
+
+
+@cache
+def commit() -> str:
+    """The last commit that changed the library, marked where the working tree differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout
+
+    root = git("rev-parse", "--show-toplevel").strip()
+    changed = git("status", "--porcelain", "--", f"{root}/bshub")
+    return git("log", "-1", "--format=%h", "--", f"{root}/bshub").strip() + ("+" if changed else "")
 
 
 def judge(kind: str, name: str, onnx: bool, peer: bool, peer_onnx: bool) -> dict[str, Any]:
@@ -46,7 +62,7 @@ def judge(kind: str, name: str, onnx: bool, peer: bool, peer_onnx: bool) -> dict
             again = alone("rebuilds", name, onnx, folder)
             row["rebuilt"] = again.get("value", False)
             row |= {"rebuilt_error": again["failed"]} if "failed" in again else {}
-        row = {"kind": kind, "model": name, **row}
+        row = {"kind": kind, "model": name, "commit": commit(), **row}
         if peer:
             row["peer"] = alone("peer", name, peer_onnx, folder)
     return row
@@ -63,7 +79,7 @@ def alone(task: str, name: str, onnx: bool, folder: str) -> dict[str, Any]:
         process.join()
         return {"failed": f"not finished after {WALL} s"}
     if process.exitcode == -signal.SIGXCPU:
-        return {"failed": f"not finished after {CPU[task]} s of CPU time"}
+        return {"failed": f"not finished after {CPU[task]} s of CPU time", "cpu": CPU[task]}
     if not answer.exists():
         return {"failed": f"the process ended with {process.exitcode}"}
     return json.loads(answer.read_text())
@@ -90,11 +106,14 @@ def _child(task: str, name: str, onnx: bool, folder: str, answer: Path) -> None:
         found = work[task]()
     except Exception as error:
         found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    found["cpu"] = round(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, 1)
     answer.write_text(json.dumps(found))
 
 
 def page(rows: list[dict[str, Any]], total: int) -> str:
     """The Markdown page."""
+    made = ", ".join(f"{name} ({count} rows)" for name, count in Counter(row["commit"] for row in rows).most_common())
     lines = [
         "# Coverage",
         "",
@@ -110,6 +129,8 @@ def page(rows: list[dict[str, Any]], total: int) -> str:
         "Torch-Pruning 1.6.1 prunes the same models at the same fraction in the same run (random importance,",
         "classifier kept, 120 s of CPU time); exact means 1e-6 relative in float64 against the same oracle. Its ONNX",
         "is only run with `--peer-onnx`; it cannot exceed *forward*.",
+        "",
+        f"The library's commit behind the rows: {made}.",
         "",
         "| | models | " + " | ".join(MARKS) + " |",
         "|---|---|" + "---|" * len(MARKS),
