@@ -98,6 +98,26 @@ def test_a_stage_of_the_same_width_does_not_change_num_features() -> None:
     assert [record["num_chs"] for record in model.feature_info][-2:] == [22, 24]
 
 
+class OwnWidthInTheHead(nn.Module):
+    """Features and hidden layer of the head have one width, and only the latter is narrowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last, self.fc = conv_bn(3, 8), conv_bn(8, 8), nn.Linear(8, 4)
+        self.num_features = self.head_hidden_size = 8
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.last(self.body(x)).mean((2, 3)))
+
+
+def test_the_heads_hidden_width_is_the_one_that_the_classifier_takes() -> None:
+    model = Net(OwnWidthInTheHead()).remove_exactly({"last.0": [1, 2, 5]}).model
+    assert (model.num_features, model.head_hidden_size) == (8, 5)
+
+
 def test_a_depthwise_convolution_keeps_its_multiplier() -> None:
     net = Net(nn.Sequential(conv_bn(3, 8), conv_bn(8, 16, groups=8), conv_bn(16, 6, 1), head(6)))
     conv = net.remove_exactly({"0.0": [1, 2, 6]}).model[1][0]

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -68,6 +68,9 @@ def mirrored_attributes(model: nn.Module, flow: ChannelFlow, gone: np.ndarray) -
     info = _feature_info(model, flow, sizes)
     if info is not None:
         found.setdefault("", {})["feature_info"] = [info]
+    hidden = _head_hidden_size(model)
+    if hidden is not None:
+        found.setdefault("", {})["head_hidden_size"] = [hidden]
     return found
 
 
@@ -148,3 +151,11 @@ def _feature_info(model: nn.Module, flow: ChannelFlow, sizes: _Sizes) -> list[di
         known = dict(_resized(flow.widths_out, [str(level.get("module"))], sizes))
         renewed.append({**level, "num_chs": known.get(level["num_chs"], level["num_chs"])})
     return renewed if renewed != info else None
+
+
+def _head_hidden_size(model: nn.Module) -> int | None:
+    """What timm promises of it: the width that the classifier takes, which may be another than ``num_features``."""
+    if type(getattr(model, "head_hidden_size", None)) is not int or not hasattr(model, "get_classifier"):
+        return None
+    weight = getattr(model.get_classifier(), "weight", None)  # (classes, width) or (classes, width, 1, 1)
+    return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim in (2, 4) else None
