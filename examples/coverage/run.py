@@ -3,7 +3,8 @@
     python examples/coverage/run.py --out docs/coverage.md [--jobs 2] [--no-onnx] [--no-peer] [--only plain] ...
 
 Each model runs in processes of its own with time limits: the probe, the rebuilding, and Torch-Pruning beside it.
-Rows go to ``coverage.jsonl`` beside the page as they are finished; a rerun does the missing ones. The seventh mark
+Rows go to ``coverage.jsonl`` beside the page as they are finished; a rerun does what is missing, Torch-Pruning's part
+of a row included (``--no-peer`` first does ours for all). The seventh mark
 (ONNX) is the slow part; ``--peer-onnx`` asks for Torch-Pruning's too, which is bounded by its *forward* mark.
 """
 
@@ -54,17 +55,20 @@ def commit() -> str:
     return git("log", "-1", "--format=%h", "--", f"{root}/bshub").strip() + ("+" if changed else "")
 
 
-def judge(kind: str, name: str, onnx: bool, peer: bool, peer_onnx: bool) -> dict[str, Any]:
-    """One row, whatever happens to the processes."""
+def judge(
+    kind: str, name: str, onnx: bool, peer: bool, peer_onnx: bool, row: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One row, whatever happens to the processes; of a row that is there only Torch-Pruning's part may be missing."""
     with tempfile.TemporaryDirectory() as folder:
-        row = alone("probe", name, onnx, folder)
-        if "failed" not in row:
-            again = alone("rebuilds", name, onnx, folder)
-            row["rebuilt"] = again.get("value", False)
-            row |= {"rebuilt_error": again["failed"]} if "failed" in again else {}
-        row = {"kind": kind, "model": name, "commit": commit(), **row}
-        if peer:
-            row["peer"] = alone("peer", name, peer_onnx, folder)
+        if row is None:
+            row = alone("probe", name, onnx, folder)
+            if "failed" not in row:
+                again = alone("rebuilds", name, onnx, folder)
+                row["rebuilt"] = again.get("value", False)
+                row |= {"rebuilt_error": again["failed"]} if "failed" in again else {}
+            row = {"kind": kind, "model": name, "commit": commit(), **row}
+        if peer and "peer" not in row:
+            row = {**row, "peer": alone("peer", name, peer_onnx, folder)}
     return row
 
 
@@ -212,11 +216,16 @@ def main() -> None:
     store = args.out.with_suffix(".jsonl")
     rows = {row["model"]: row for row in map(json.loads, store.read_text().splitlines())} if store.exists() else {}
     kinds = {name: kind for kind, name in models()}
-    asked = args.names or [name for name in kinds if name not in rows]
+    done = [] if args.names else [name for name, row in rows.items() if "peer" in row or not args.peer]
+    asked = args.names or [name for name in kinds if name not in done]
+    known = {} if args.names else rows
     todo = [(kinds[name], name) for name in asked if args.only in (None, kinds[name])]
     with ThreadPoolExecutor(args.jobs) as pool, store.open("a") as stream:
         for future in as_completed(
-            [pool.submit(judge, kind, name, args.onnx, args.peer, args.peer_onnx) for kind, name in todo[: args.limit]]
+            [
+                pool.submit(judge, kind, name, args.onnx, args.peer, args.peer_onnx, known.get(name))
+                for kind, name in todo[: args.limit]
+            ]
         ):
             row = future.result()
             rows[row["model"]] = row
