@@ -9,6 +9,7 @@ from bshub_cli.attack import attack
 from bshub_cli.bench import bench
 from bshub_cli.evaluate import evaluate
 from bshub_cli.export import export
+from bshub_cli.fleet import fleet
 from bshub_cli.gate import gate
 from bshub_cli.publish import publish
 from bshub_cli.sanitize import sanitize
@@ -45,5 +46,6 @@ app.command()(export)
 app.command()(publish)
 app.command()(attack)
 app.command()(bench)
+app.command()(fleet)
 app.command()(gate)
 app.command()(verify)

@@ -136,7 +136,7 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
         repository, revision = split_reference(str(parsed.repository))
         base = repository
         config_path = fetch(repository, "config.json", revision)
-        weights_path = _fetch_weights(repository, revision)
+        weights_path = fetch_weights(repository, revision)
     spec = _read_config(config_path)
     wanted = given or _architecture_of(spec)
     recipe = Recipe.from_json(spec.get("bshub") or {})
@@ -166,7 +166,12 @@ def _check_digest(folder: Path, weights: Path) -> None:
         )
 
 
-def _fetch_weights(repository: str, revision: str | None) -> Path:
+def fetch_weights(repository: str, revision: str | None) -> Path:
+    """The weights file of a Hub repository, in this machine's cache.
+
+    Raises:
+        ModelReferenceError: It has none, or cannot be reached.
+    """
     try:
         return fetch(repository, WEIGHT_FILES[0], revision)
     except ModelReferenceError as first:

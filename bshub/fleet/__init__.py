@@ -1,0 +1,1 @@
+"""Many models: a list in, one artifact each and one summary out, on Ray."""
