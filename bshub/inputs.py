@@ -122,6 +122,7 @@ def model_facts(inputs: Inputs, source: LoadedModel, folder: ClassFolder | None)
             "preprocessing": {**source.preprocessing.config, "source": source.preprocessing.source},
             "labels": folder.matched if folder else None,
             "licence": source.origin.licence,
+            "weights_sha256": source.origin.weights_sha256,
         },
         **({"settings_file": inputs.settings_file.name} if inputs.settings_file else {}),
     }

@@ -6,6 +6,7 @@ import platform
 import shlex
 import shutil
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from bshub.intake.datasets import is_dataset
 from bshub.intake.models import LoadedModel
 from bshub.pipeline import SanitizeResult
 from bshub.progress import Steps
-from bshub.release.artifact import WEIGHTS, write_json, write_model, write_report
+from bshub.release.artifact import WEIGHTS, file_digests, write_json, write_model, write_report
+from bshub.release.bom import BOM, bill_of_materials
 from bshub.release.card import Extras, Plot, model_card, shown_reference
 from bshub.release.dense import FOLDER, check_dense, dense_copy, write_dense
 from bshub.release.evidence import Evidence, gather
@@ -108,7 +110,9 @@ def write_artifact(
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / "metrics.json", {key: report[key] for key in _METRICS if key in report})
     public = {**report["model"], "reference": shown_reference(source.origin.reference)}
-    write_report(folder, {**report, "model": public, "command": command})
+    record, created = {**report, "model": public, "command": command}, datetime.now(UTC)
+    write_json(folder / BOM, bill_of_materials(source, record, file_digests(folder), created))
+    write_report(folder, record, created)
     if wishes.key is not None:
         sign_receipt(folder, wishes.key)
 

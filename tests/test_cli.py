@@ -22,7 +22,7 @@ import bshub
 
 CLEAN, MODEL, TRIGGER = DEMO / "clean", DEMO / "model", DEMO / "trigger.json"
 CONVNEXT = "timm/test_convnext?num_classes=10&input_size=32"
-FILES = {"README.md", "bshub-report.json", "config.json", "metrics.json", "model.safetensors"}
+FILES = {"README.md", "bom.cdx.json", "bshub-report.json", "config.json", "metrics.json", "model.safetensors"}
 
 
 def strictly(text: str) -> Any:

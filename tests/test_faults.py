@@ -17,7 +17,7 @@ if hasattr(os, "fork"):
     from bad.runs import Runs
 
 KILLS = 30
-FILES = {"README.md", "bshub-report.json", "config.json", "metrics.json", "model.safetensors"}
+FILES = {"README.md", "bom.cdx.json", "bshub-report.json", "config.json", "metrics.json", "model.safetensors"}
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ class Origin:
         recipe: What an earlier surgery changed.
         licence: The licence its source states, if any.
         base_model: Hub id of its source, if it has one.
+        weights_sha256: Of the file that its weights were read from.
     """
 
     reference: str
@@ -47,6 +48,7 @@ class Origin:
     recipe: Recipe
     licence: str | None
     base_model: str | None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,16 @@ def _from_library(wanted: Architecture, text: str, num_classes: int | None) -> L
     state = read_checkpoint(path)
     load_into(module, state, origin=text)
     labels = _imagenet_labels(module)
-    return _loaded(
-        module, wanted, text, config, f"{wanted.library}'s own configuration", labels, Recipe(), licence, base
-    )
+    source = f"{wanted.library}'s own configuration"
+    return _loaded(module, wanted, text, config, source, labels, Recipe(), licence, base, path)
 
 
 def _from_file(path: Path, wanted: Architecture, text: str, num_classes: int | None) -> LoadedModel:
     """A file of weights with a stated architecture."""
     module, config, _ = build(wanted, _classes(wanted, num_classes))
     load_into(module, read_checkpoint(path), origin=text)
-    return _loaded(
-        module, wanted, text, config, f"--arch ({wanted.library})", None, Recipe(stem=wanted.stem), None, None
-    )
+    source, recipe = f"--arch ({wanted.library})", Recipe(stem=wanted.stem)
+    return _loaded(module, wanted, text, config, source, None, recipe, None, None, path)
 
 
 def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int | None) -> LoadedModel:
@@ -151,9 +151,8 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     config = override({**config, **pretrained}, wanted.preprocessing)
     licence = pretrained.get("license") if isinstance(pretrained.get("license"), str) else None
     recipe = dataclasses.replace(recipe, stem=stem)
-    return _loaded(
-        module, wanted, parsed.text, config, "the model's config.json", spec.get("label_names"), recipe, licence, base
-    )
+    source, labels = "the model's config.json", spec.get("label_names")
+    return _loaded(module, wanted, parsed.text, config, source, labels, recipe, licence, base, weights_path)
 
 
 def _check_digest(folder: Path, weights: Path) -> None:
@@ -232,6 +231,7 @@ def _loaded(
     recipe: Recipe,
     licence: str | None,
     base: str | None,
+    weights: Path,
 ) -> LoadedModel:
     preprocessing = make_preprocessing(config, source)
     classes = count_classes(module, preprocessing.input_size)
@@ -243,7 +243,8 @@ def _loaded(
     )
     if names is not None and len(names) != classes:
         names = None
-    return LoadedModel(module, preprocessing, names, Origin(text, wanted, classes, recipe, licence, base))
+    origin = Origin(text, wanted, classes, recipe, licence, base, sha256(weights))
+    return LoadedModel(module, preprocessing, names, origin)
 
 
 def count_classes(module: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -82,12 +82,17 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json_text(data), encoding="utf-8")
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_report(folder: Path, report: dict[str, Any], created: datetime | None = None) -> None:
     """Write the report with the time and the digest of every other file: the last thing written but a signature."""
-    files = {
+    created = created or datetime.now(UTC)  # a gate may refuse what is too old
+    told = {**report, "created": created.isoformat(timespec="seconds"), "files": file_digests(folder)}
+    write_json(folder / MANIFEST, told)
+
+
+def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Path → sha256 and bytes of every file of an artifact but its report, in the order of their names."""
+    return {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
-    created = datetime.now(UTC).isoformat(timespec="seconds")  # a gate may refuse what is too old
-    write_json(folder / MANIFEST, {**report, "created": created, "files": files})
