@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bshub.errors import printable
@@ -85,6 +86,7 @@ class Verdict:
         findings: In the order they were looked at.
         weights: sha256 of ``model.safetensors``; None where there is none that could be read.
         policy: Its settings, where they came from, and their sha256.
+        folder: Of the artifact; None where there is none.
     """
 
     artifact: str
@@ -92,6 +94,7 @@ class Verdict:
     findings: tuple[Finding, ...]
     weights: str | None
     policy: dict[str, Any]
+    folder: Path | None = None
 
     @property
     def code(self) -> int:

@@ -7,9 +7,11 @@ weights, rule, file, layer and channel stay the same, so that a waiver outlives 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from bshub.errors import printable
 from bshub.files import MANIFEST
 from bshub.release.finding import INCONCLUSIVE, NOTE, REFUSED, RULES, Finding, Verdict
 
@@ -44,7 +46,7 @@ def sarif(verdict: Verdict, version: str) -> dict[str, Any]:
                 "ruleIndex": order.index(finding.rule),
                 "level": _LEVELS[finding.level],
                 "message": {"text": finding.message + (f" Next: {finding.hint}" if finding.hint else "")},
-                "locations": [_location(finding)],
+                "locations": [_location(finding, verdict.folder)],
                 "partialFingerprints": {"bshub/v1": fingerprint(finding, verdict.weights)},
             }
             for finding in verdict.findings
@@ -60,9 +62,13 @@ def fingerprint(finding: Finding, weights: str | None) -> str:
     return hashlib.sha256("\0".join("" if part is None else str(part) for part in parts).encode()).hexdigest()
 
 
-def _location(finding: Finding) -> dict[str, Any]:
+def _location(finding: Finding, folder: Path | None) -> dict[str, Any]:
+    """The file as seen from where the gate was run, which for a code host is the top of the repository."""
+    inside = folder is not None and not folder.is_absolute() and ".." not in folder.parts
+    path = PurePosixPath(printable(folder.as_posix()) if folder and inside else "", finding.path or MANIFEST)
+    # a region, since code hosts do not show an alert without one
     place: dict[str, Any] = {
-        "physicalLocation": {"artifactLocation": {"uri": quote(finding.path or MANIFEST)}},
+        "physicalLocation": {"artifactLocation": {"uri": quote(str(path))}, "region": {"startLine": 1}}
     }
     if finding.layer is not None:
         name = finding.layer if finding.channel is None else f"{finding.layer}[{finding.channel}]"
