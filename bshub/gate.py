@@ -7,10 +7,10 @@ Two depths. *receipt* reads files and compares digests, signature and recorded r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bshub.errors import OutputError, UsageError
+from bshub.errors import OutputError, UsageError, printable
 from bshub.files import MANIFEST
 from bshub.progress import Progress
 from bshub.release.finding import NOTE, REFUSED, Finding, Verdict
@@ -39,7 +39,8 @@ def gate(
     """Judge an artifact.
 
     Args:
-        target: An artifact, or a file in one. A file without a receipt beside it is refused.
+        target: An artifact, or a file in one. A file without a receipt beside it, or the name of a library's
+            model, is refused.
         policy: What is asked.
         key: Public key that must have signed, beside the one the policy may name.
         policy_sha256: Digest that the policy must have; another one is a refusal.
@@ -69,14 +70,13 @@ def gate(
     receipt = read_receipt(folder)
     findings += _receipt_findings(receipt, policy, key)
     if measure and receipt.whole:
-        from bshub.recheck import recheck
-
+        recheck = _recheck()
         findings += recheck(receipt, policy, images, trigger, device, batch_size, progress)
     elif measure:
         findings.append(Finding("loads", NOTE, "not measured: the files are not those of the receipt"))
     elif receipt.record:
         findings += judge_rates(policy, receipt.get("evaluation", "after"), "recorded")
-    return Verdict(str(target), depth, tuple(findings), receipt.found.get(WEIGHTS), policy.as_dict())
+    return Verdict(str(target), depth, tuple(findings), receipt.found.get(WEIGHTS), policy.as_dict(), folder)
 
 
 def verify(target: Path, key: Path | None = None) -> Verdict:
@@ -91,11 +91,11 @@ def verify(target: Path, key: Path | None = None) -> Verdict:
     receipt = read_receipt(folder)
     signed = [verify_signature(receipt, key)] if receipt.digest else []
     findings = (*receipt.findings, *signed)
-    return Verdict(str(target), RECEIPT, findings, receipt.found.get(WEIGHTS), Policy().as_dict())
+    return Verdict(str(target), RECEIPT, findings, receipt.found.get(WEIGHTS), Policy().as_dict(), folder)
 
 
 def artifact_of(target: Path) -> Path | None:
-    """The folder whose receipt speaks of a path; None for a file that has none beside it.
+    """The folder whose receipt speaks of a path; None for a file that has none beside it, or a library's model.
 
     Raises:
         UsageError: There is nothing.
@@ -107,10 +107,11 @@ def artifact_of(target: Path) -> Path | None:
             return target.parent if os.path.lexists(target.parent / MANIFEST) else None
     except (OSError, ValueError):  # a name that cannot be one
         pass
-    raise UsageError(
-        f"there is no file or folder {target}",
-        hint=f"the gate looks at files here: bshub sanitize {target} --clean-dir DIR -o FOLDER writes an artifact",
-    )
+    if target.parts[:1] in (("timm",), ("torchvision",)) and len(target.parts) == 2:
+        return None
+    download = f"hf download {target} --local-dir FOLDER, then " if len(target.parts) == 2 else ""
+    hint = f"the gate looks at files on this machine: {download}bshub gate FOLDER"
+    raise UsageError(f"there is no file or folder {printable(target, 300)}", hint=printable(hint, 600))
 
 
 def write_policy(path: Path) -> None:
@@ -143,20 +144,35 @@ def _receipt_findings(receipt: Receipt, policy: Policy, key: Path | None) -> Ite
         yield from judge_receipt(policy, receipt)
 
 
+def _recheck() -> Callable[..., Iterator[Finding]]:
+    """The second depth. A hook that only reads receipts may be installed without what it needs.
+
+    Raises:
+        UsageError: A library is missing.
+    """
+    try:
+        from bshub.recheck import recheck
+    except ModuleNotFoundError as error:
+        raise UsageError(f"measuring needs {error.name}, which is not installed", hint="pip install bshub") from None
+    return recheck
+
+
 def _pinned(policy: Policy, wanted: str | None) -> Iterator[Finding]:
     if wanted is None:
         return
     wanted = wanted.removeprefix("sha256:").casefold()
     if wanted != policy.sha256:
-        reason = f"{policy.origin} has sha256 {policy.sha256[:12]}…, not {wanted[:12]}…"
+        reason = f"the policy ({policy.origin}) has sha256 {policy.sha256[:12]}…, not {printable(wanted[:12])}…"
         yield Finding("policy-changed", REFUSED, reason, "have the change reviewed, then give its new digest")
 
 
 def _without_receipt(target: Path) -> Finding:
-    lone = "a lone ONNX file" if target.suffix == ".onnx" else "a file"
-    reason = f"{target.name} is {lone} without a receipt: nothing says that it was sanitized"
-    if target.suffix == ".onnx":
+    write = f"bshub sanitize {target} --clean-dir DIR -o FOLDER writes an artifact"
+    if not os.path.lexists(target):
+        what, hint = f"{target} is a library's model", f"{write}; then bshub gate FOLDER"
+    elif target.suffix == ".onnx":
+        what = f"{target.name} is a lone ONNX file"
         hint = "gate the folder that bshub sanitize wrote; its model.onnx is bound to the receipt there"
     else:
-        hint = f"bshub sanitize {target} --arch ARCH --clean-dir DIR -o FOLDER"
-    return Finding("receipt-missing", REFUSED, reason, hint)
+        what, hint = f"{target.name} is a file", f"{write} (add --arch ARCH for weights alone); then bshub gate FOLDER"
+    return Finding("receipt-missing", REFUSED, f"{what} without a receipt: nothing says that it was sanitized", hint)

@@ -25,7 +25,9 @@ def gate(
     artifact: Annotated[
         Path | None,
         typer.Argument(
-            metavar="ARTIFACT", help="Folder that bshub sanitize wrote, or a file in it.", show_default=False
+            metavar="ARTIFACT",
+            help="Folder that bshub sanitize wrote, or a file in it; any other model or ONNX file is refused.",
+            show_default=False,
         ),
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="What is asked, in TOML. [default: what --init writes]")] = None,
