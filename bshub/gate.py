@@ -14,7 +14,7 @@ from bshub.errors import OutputError, UsageError, printable
 from bshub.files import MANIFEST
 from bshub.progress import Progress
 from bshub.release.finding import NOTE, REFUSED, Finding, Verdict
-from bshub.release.judge import judge_rates, judge_receipt
+from bshub.release.judge import judge_rates, judge_receipt, judge_unmeasured
 from bshub.release.policy import DEFAULT, Policy
 from bshub.release.receipt import WEIGHTS, Receipt, read_receipt
 from bshub.release.signature import verify_signature
@@ -76,6 +76,7 @@ def gate(
         findings.append(Finding("loads", NOTE, "not measured: the files are not those of the receipt"))
     elif receipt.record:
         findings += judge_rates(policy, receipt.get("evaluation", "after"), "recorded")
+        findings += judge_unmeasured(policy)
     return Verdict(str(target), depth, tuple(findings), receipt.found.get(WEIGHTS), policy.as_dict(), folder)
 
 

@@ -172,6 +172,7 @@ def test_a_dense_copy_is_sent_to_the_artifact_around_it(folder: Path) -> None:
         ({"licences": []}, 1, "licence"),
         ({"required_files": ["model.onnx"]}, 1, "file-required"),
         ({"signer": "sha256:" + "0" * 64}, 1, "signature"),
+        ({"max_suspicious": 10_000}, 3, "suspicious-filters"),
         ({}, 0, None),
     ],
 )

@@ -255,7 +255,7 @@ def test_pre_commit_itself_stops_a_push(environment: dict[str, str], tmp_path: P
     (made / "model.safetensors").write_text("backdoored")
     code, said, still = push()
     assert code != 0 and "Failed" in said, said
-    assert "file-changed" in said and "→ restore the file" in said and "the arrows above" in said
+    assert "file-changed" in said and "→ restore the file" in said and "the lines above" in said
     assert still == held
     (made / "model.safetensors").write_text("model.safetensors")
     assert push()[0] == 0

@@ -71,6 +71,13 @@ def judge_rates(policy: Policy, rates: Mapping[str, Any] | None, whence: str) ->
         yield from _bounded("asr", "attack success", asr, policy.max_asr, policy, whence, least=False)
 
 
+def judge_unmeasured(policy: Policy) -> Iterator[Finding]:
+    """What only a look at the weights can answer, where there was none."""
+    if policy.max_suspicious is not None:
+        reason = f"suspicious filters were not counted; the policy allows {policy.max_suspicious}"
+        yield Finding("suspicious-filters", INCONCLUSIVE, reason, "look at the weights: bshub gate … --measure")
+
+
 def _bounded(
     rule: str,
     name: str,

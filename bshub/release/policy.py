@@ -32,9 +32,9 @@ min_images = 50
 # Judge each rate by the unfavourable end of its 95 % interval instead of its middle.
 worst_case = false
 
-# `--measure` looks at the weights again. A filter counts as suspicious where its Lipschitz bound lies more than
-# suspicious_mu deviations above the mean of its layer. Sound networks have such filters too: set this after a
-# look at your own.
+# `--measure` looks at the weights again; without it a policy that sets max_suspicious is "inconclusive". A filter
+# counts as suspicious where its Lipschitz bound lies more than suspicious_mu deviations above the mean of its layer.
+# Sound networks have such filters too: set this after a look at your own.
 # max_suspicious = 20
 suspicious_mu = 4.0
 
@@ -53,7 +53,7 @@ max_age_days = 180.0
 # Licences of the base model that may ship; without this key, any and none.
 # licences = ["apache-2.0", "mit", "bsd-3-clause"]
 
-# Files that must be part of the artifact.
+# Files that must be part of the artifact: "model.onnx" and "bom.cdx.json" (the bill of materials) are others.
 required_files = ["model.safetensors", "config.json", "README.md"]
 """
 _MAX_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class Policy:
         require_asr: Whether an unknown attack success rate is inconclusive.
         min_images: Fewest images behind a rate.
         worst_case: Judge by the unfavourable end of the 95 % interval.
-        max_suspicious: Most suspicious filters, at the depth ``measure``.
+        max_suspicious: Most suspicious filters; known at the depth ``measure`` alone.
         suspicious_mu: Deviations above the layer's mean from which a filter is suspicious.
         methods: Accepted methods of sanitizing.
         min_bshub: Oldest version of bshub.

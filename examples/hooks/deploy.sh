@@ -11,7 +11,7 @@ cp -R -- "$artifact" "$staged/new"
 code=0
 bshub gate "$staged/new" ${policy:+--policy "$policy"} --quiet || code=$?
 if [ "$code" -ne 0 ]; then
-    echo "deploy: not deployed (exit code $code); $target is as it was. The arrows above say what to do next." >&2
+    echo "deploy: not deployed (exit code $code); $target is as it was. The lines above say what to do next." >&2
     exit "$code"
 fi
 if [ -e "$target" ]; then mv -- "$target" "$staged/old"; fi

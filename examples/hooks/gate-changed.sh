@@ -51,6 +51,6 @@ if [ -n "${PRE_COMMIT_FROM_REF:-}" ] && [ -n "${PRE_COMMIT_TO_REF:-}" ]; then
     for file in $gone; do look "$file"; done
 fi
 if [ "$worst" -ne 0 ]; then
-    echo "gate: not let through (exit code $worst); the arrows above say what to do next." >&2
+    echo "gate: not let through (exit code $worst); the lines above say what to do next." >&2
 fi
 exit "$worst"

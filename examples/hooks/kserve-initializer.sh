@@ -28,7 +28,7 @@ check() { # PAIRS
     while [ $# -gt 0 ]; do
         bshub gate "$2" ${BSHUB_POLICY:+--policy "$BSHUB_POLICY"} ${BSHUB_KEY:+--key "$BSHUB_KEY"} --quiet || {
             code=$?
-            echo "initializer: $1 was refused (exit code $code) and removed; the arrows above say what to do next" >&2
+            echo "initializer: $1 was refused (exit code $code) and removed; the lines above say what to do next" >&2
             return "$code"
         }
         shift 2
