@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bshub.errors import ExportError, OutputError, UsageError, printable
-from bshub.files import sha256
+from bshub.files import output_file, sha256
 from bshub.inputs import Inputs, load_inputs
 from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
@@ -28,6 +27,7 @@ from bshub.settings import Settings
 
 PARITY_IMAGES = 16
 BATCH = 32
+_OTHERWISE = "the artifact itself runs without ONNX: bshub.load(FOLDER).module"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class ExportWishes:
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         if not 0 <= self.budget <= 100:  # refuses NaN as well
-            raise UsageError(f"budget is accuracy in points, 0 to 100, not {self.budget!r}")
+            raise UsageError(
+                f"budget is accuracy in points, 0 to 100, not {self.budget!r}",
+                hint="correct it on the command line or in the file of settings",
+            )
 
 
 def export_reference(
@@ -91,17 +94,12 @@ def export_reference(
         "images": {"n": min(len(images), PARITY_IMAGES // 2), "kind": "clean images" if clean else "noise"},
     }
     made: dict[str, Any] = {"reference": printable(shown_reference(source.origin.reference))}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        _make(source, temporary, wishes, made, pictures, images, clean, test, report, steps)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise OutputError(f"writing {output} failed: {error.strerror or error}", hint="choose another file") from None
+        with output_file(output) as place:
+            _make(source, place, wishes, made, pictures, images, clean, test, report, steps)
     except ExportError as error:
-        hint = None if error.hint == "--no-onnx leaves it out" else error.hint
+        hint = _OTHERWISE if error.hint == "--no-onnx leaves it out" else error.hint
         raise ExportError(error.message, hint=hint) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     report["file"] = {"path": str(output), "bytes": output.stat().st_size, "sha256": sha256(output)}
     return {**report, "seconds": steps.seconds}
 

@@ -93,36 +93,77 @@ def output_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))
     made: list[Path] = []
     try:
-        try:
-            made += [parent for parent in folder.parents if not parent.exists()]
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise OutputError(f"cannot write beside {folder}: {reason}", hint="choose another --output") from None
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            _clear_leftovers(folder)
+        with _locked(folder, made) as temporary:
             check_output(folder, overwrite)
             temporary.mkdir()
             yield temporary
             check_output(folder, overwrite)  # somebody may have put something there in the meantime
             _sync(temporary)
             _swap(temporary, folder)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise OutputError(
-                f"writing {folder} failed: {error.strerror or error}",
-                hint="free space, then rerun" if full else "look at the folder's rights and its disk, then rerun",
-            ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _unlock(lock, folder)
     except BaseException:
         for parent in made:
             with contextlib.suppress(OSError):  # somebody else put something there
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder, whose file takes the place of ``path`` when the block ends well.
+
+    Whatever happens, ``path`` is the earlier file or the new one, whole. Two runs into one file: the second is refused.
+
+    Args:
+        path: Where the file shall be, in an existing folder; a file that is there is replaced.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        OutputError: The place cannot be used or written to.
+    """
+    path = Path(os.path.abspath(path))
+    with _locked(path) as temporary:
+        if len(os.fsencode(path.name)) > MAX_NAME:
+            raise OutputError(f"the name of {path} is too long", hint="choose a shorter one")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OutputError(f"{path} is not a regular file", hint="choose another name")
+        temporary.mkdir()
+        yield temporary / path.name
+        _sync(temporary)
+        os.replace(temporary / path.name, path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _locked(place: Path, made: list[Path] | None = None) -> Iterator[Path]:
+    """Hold the lock of an output; gives the name of its temporary folder, which goes with what is left in it.
+
+    Args:
+        place: The output.
+        made: Where the parents that are made for it are listed; without it none is made.
+    """
+    try:
+        if made is not None:
+            made += [parent for parent in place.parents if not parent.exists()]
+            place.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(place)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"cannot write beside {place}: {reason}", hint="choose another --output") from None
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        _clear_leftovers(place)
+        yield temporary
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise OutputError(
+            f"writing {place} failed: {error.strerror or error}",
+            hint="free space, then rerun" if full else "look at the folder's rights and its disk, then rerun",
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(lock, place)
 
 
 def _swap(temporary: Path, folder: Path) -> None:

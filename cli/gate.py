@@ -125,9 +125,14 @@ def _show(verdict: Verdict) -> None:
 
 def _write(path: Path, text: str) -> None:
     from bshub.errors import OutputError
+    from bshub.files import output_file
 
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            path.write_text(text, encoding="utf-8")
+            return
+        with output_file(path) as place:
+            place.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(f"{path} cannot be written: {reason}", hint="choose another file") from None

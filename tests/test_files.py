@@ -14,7 +14,7 @@ import pytest
 
 from bshub import files
 from bshub.errors import OutputError
-from bshub.files import MANIFEST, check_output, json_text, output_folder, recorded_sha256, sha256
+from bshub.files import MANIFEST, check_output, json_text, output_file, output_folder, recorded_sha256, sha256
 
 posix = pytest.mark.skipif(os.name == "nt", reason="kills a child with a signal")
 
@@ -367,3 +367,94 @@ def test_a_manifest_states_the_digest_of_its_files_or_nothing(tmp_path: Path) ->
 def test_sha256_is_hashlibs(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(range(256)) * 999)
     assert sha256(tmp_path / "x") == hashlib.sha256(bytes(range(256)) * 999).hexdigest()
+
+
+# --- a single file
+
+
+def write_file(path: Path, text: str = "new") -> None:
+    with output_file(path) as place:
+        place.write_text(text)
+
+
+def test_a_good_block_leaves_the_file_and_nothing_else(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        write_file(tmp_path / "m.onnx", text)
+        assert (tmp_path / "m.onnx").read_text() == text
+        assert beside(tmp_path / "m.onnx") == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("earlier", [None, "old"])
+def test_an_error_inside_leaves_the_earlier_file(tmp_path: Path, error: type, earlier: str | None) -> None:
+    path = tmp_path / "m.onnx"
+    if earlier:
+        path.write_text(earlier)
+    with pytest.raises(OutputError if error is OSError else error), output_file(path) as place:
+        place.write_text("half")
+        place.with_name("m.onnx.data").write_text("half")
+        raise error
+    assert (path.read_text() if path.exists() else None) == earlier
+    assert beside(path) == []
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_earlier_file(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_text("old")
+    with pytest.raises(OutputError, match="failed: No such file"), output_file(tmp_path / "m.onnx"):
+        pass
+    assert (tmp_path / "m.onnx").read_text() == "old"
+
+
+def test_a_second_writer_of_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    with output_file(path) as place:
+        with pytest.raises(OutputError, match="another run is writing"):
+            write_file(path, "other")
+        place.write_text("ours")
+    assert path.read_text() == "ours"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name, said in (("folder", "not a regular file"), ("link", "not a regular file"), ("o" * 250, "too long")):
+        with pytest.raises(OutputError, match=said):
+            write_file(tmp_path / name)
+    with pytest.raises(OutputError, match="cannot write beside"):
+        write_file(tmp_path / "nowhere" / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    assert not (tmp_path / "target").exists()
+
+
+FILE_CHILD = (
+    CHILD[: CHILD.index("with output_folder")]
+    + """
+with files.output_file(folder) as place:
+    place.write_text("new")
+"""
+)
+
+
+@posix
+def test_killed_at_any_step_the_old_file_or_the_new_one_is_whole(
+    tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    seen: list[str] = []
+    for step in range(40):
+        path = tmp_path / str(step) / "m.onnx"
+        path.parent.mkdir()
+        path.write_text("old")
+        child = subprocess.run(
+            [sys.executable, "-c", FILE_CHILD, str(path), str(step), ""], env=child_environment, timeout=60
+        )
+        seen.append(path.read_text())
+        if child.returncode == 0:
+            break
+        assert child.returncode == -9
+        write_file(path, "rerun")
+        assert path.read_text() == "rerun"
+        assert beside(path) == []
+    else:
+        pytest.fail("the child never came through")
+    assert seen.count("old") >= 3 and seen[-1] == "new"
+    assert set(seen) == {"old", "new"}

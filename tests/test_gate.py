@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -324,6 +325,19 @@ def test_sarif_is_valid_and_its_fingerprints_follow_weights_layer_and_channel(fo
         for channel in (0, 1, None)
     }
     assert len(marks) == 27
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_sarif_into_a_pipe_is_written_into_it(folder: Path, tmp_path: Path) -> None:
+    """``--sarif /dev/stdout``: what is no regular file is not replaced by one."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        bshub_command("gate", folder, "--sarif", tmp_path / "pipe")
+        assert json.loads(os.read(reader, 1 << 20))["version"] == "2.1.0"
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir() if path != folder] == ["pipe"]
 
 
 def test_hostile_names_reach_sarif_and_junit_escaped() -> None:
