@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bshub.errors import CheckpointError, printable
+from bshub.intake.fitting import fitting
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _COUNTER = "num_batches_tracked"
+_TRAINED = "name the architecture that was trained: --arch NAME"
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
@@ -37,7 +39,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
         parts += [f"{len(unexpected)} unexpected ({_first(unexpected)})"] if unexpected else []
         raise CheckpointError(
             f"{origin}: its tensors are not those of the model: {', '.join(parts)}",
-            hint="name the architecture that was trained: --arch NAME",
+            hint=_other(state),
         )
     differing = [name for name, value in expected.items() if name in given and value.shape != given[name].shape]
     if differing:
@@ -46,7 +48,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
         raise CheckpointError(
             f"{origin}: {len(differing)} of {len(given)} tensors have another size; '{printable(name, 80)}' is "
             f"{theirs} in the checkpoint and {ours} in the model",
-            hint=_remedy(module, given, expected, differing),
+            hint=_remedy(module, given, expected, differing) or _other(state),
         )
     ready = {name: _cast(name, value, expected[name].dtype, origin) for name, value in given.items()}
     try:
@@ -57,12 +59,17 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{origin}: the model refused its weights: {printable(error, 160)}",
-            hint="name the architecture that was trained: --arch NAME",
+            hint=_TRAINED,
         ) from None
 
 
 def _unprefixed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # A model may have a child called "model" of its own, so the reading that fits best wins, not the shortest.
+    return max(_readings(state), key=lambda reading: len(reading.keys() & expected.keys()))
+
+
+def _readings(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A state dict as it is, then with one prefix after the other taken off."""
     readings = [dict(state)]
     while readings[-1]:
         last = readings[-1]
@@ -70,12 +77,19 @@ def _unprefixed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         if prefix is None:
             break
         readings.append({name.removeprefix(prefix): value for name, value in last.items()})
-    return max(readings, key=lambda reading: len(reading.keys() & expected.keys()))
+    return readings
+
+
+def _other(state: Mapping[str, Tensor]) -> str:
+    """What to type where the weights are those of another network."""
+    fit = next(filter(None, map(fitting, _readings(state))), None)
+    return f"the weights are those of another network: {fit}" if fit else _TRAINED
 
 
 def _remedy(
     module: nn.Module, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], differing: list[str]
-) -> str:
+) -> str | None:
+    """The number of classes that would fit, where nothing but the head differs."""
     heads = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | _ConvNd)]
     head = f"{heads[-1]}." if heads and heads[-1] else ""
     weight = f"{head}weight"
@@ -83,7 +97,7 @@ def _remedy(
     if weight in differing and own.issuperset(differing) and given[weight].shape[1:] == expected[weight].shape[1:]:
         classes = given[weight].shape[0]
         return f"the checkpoint was trained for {classes} classes: --num-classes {classes}"
-    return "name the architecture that was trained: --arch NAME"
+    return None
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype, origin: str) -> Tensor:

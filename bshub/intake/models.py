@@ -141,9 +141,10 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     wanted = given or _architecture_of(spec)
     recipe = Recipe.from_json(spec.get("bshub") or {})
     stem = recipe.stem or wanted.stem
-    classes = num_classes or spec.get("num_classes") or (spec.get("pretrained_cfg") or {}).get("num_classes")
+    stated = spec.get("num_classes") or (spec.get("pretrained_cfg") or {}).get("num_classes")
+    classes = _classes(wanted, num_classes) or stated
     room = max(_SMALL, _PRUNED * weights_path.stat().st_size)
-    module, config, _ = build(wanted, _classes(wanted, classes), stem=stem, max_bytes=min(room, MAX_BYTES))
+    module, config, _ = build(wanted, classes, stem=stem, max_bytes=min(room, MAX_BYTES))
     state = read_checkpoint(weights_path)
     apply_recipe(module, recipe, state)
     load_into(module, state, origin=parsed.text)
@@ -191,21 +192,28 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError("its pretrained_cfg is not a table")
         return spec
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not a model's configuration: {error}") from None
+        raise CheckpointError(
+            f"{path.name} is not a model's configuration: {error}",
+            hint="fetch it again, or give the weights file with --arch timm/NAME",
+        ) from None
 
 
 def _architecture_of(spec: dict[str, Any]) -> Architecture:
     name = spec["architecture"]
     arguments = spec.get("model_args") or {}
     if not isinstance(arguments, dict) or FORBIDDEN_ARGUMENTS & arguments.keys():
-        raise CheckpointError("config.json gives the constructor arguments that a checkpoint must not choose")
+        raise CheckpointError(
+            "config.json gives the constructor arguments that a checkpoint must not choose",
+            hint="look at model_args in its config.json; what loads weights is no argument of a network",
+        )
     text = name if name.startswith("torchvision/") else f"timm/{name}"
     parsed = parse_architecture(text)
     return Architecture(parsed.library, parsed.name, None, dict(arguments))
 
 
 def _classes(wanted: Architecture, num_classes: int | None) -> int | None:
-    return wanted.arguments.get("num_classes", num_classes)
+    """What is typed wins over what the reference or the configuration says."""
+    return num_classes or wanted.arguments.get("num_classes")
 
 
 def _imagenet_labels(module: nn.Module) -> list[str] | None:
@@ -257,7 +265,13 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int]) -> int:
         try:
             logits = module(torch.zeros(1, *input_size))
         except Exception as error:
-            raise CheckpointError(f"the network does not run on {input_size} images: {error}") from None
+            raise CheckpointError(
+                f"the network does not run on {input_size} images: {error}",
+                hint="state the size it takes: --arch 'timm/NAME?input_size=224'",
+            ) from None
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        raise CheckpointError("the network is not a classifier: it does not answer with one row of logits an image")
+        raise CheckpointError(
+            "the network is not a classifier: it does not answer with one row of logits an image",
+            hint="bshub judges image classifiers: name the classifier with --arch timm/NAME",
+        )
     return logits.shape[1]
