@@ -35,6 +35,7 @@ from bshub.release.artifact import write_json, write_model, write_report
 
 RECORD = "training.json"
 EVALUATION_BATCH = 250
+_HELP = "bshub attack --help says what it means, and its default"
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class AttackSettings:
         if not 0 <= self.rate <= 1:  # NaN as well
             raise UsageError(f"the rate must lie between 0 and 1, not {self.rate!r}", hint="--rate 0.1 is 10 %")
         if not 0 < self.lr <= 10:
-            raise UsageError(f"lr must lie above 0 and not above 10, not {self.lr!r}")
+            raise UsageError(f"lr must lie above 0 and not above 10, not {self.lr!r}", hint=_HELP)
         if self.precision not in ("auto", "fp32", "bf16"):
-            raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}")
+            raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}", hint=_HELP)
         for name, low, high in (
             ("target", 0, 10**6), ("epochs", 1, 10_000), ("batch_size", 2, 2**20), ("seed", 0, 2**31 - 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+                raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}", hint=_HELP)
 
 
 def attack_to_folder(
@@ -131,7 +132,8 @@ def attack_to_folder(
         train_set, test_set = _splits(data, test_data, source, steps)
         if settings.target >= source.origin.num_classes:
             raise UsageError(
-                f"target {settings.target} is no label of a model with {source.origin.num_classes} classes"
+                f"target {settings.target} is no label of a model with {source.origin.num_classes} classes",
+                hint=f"name one from 0 to {source.origin.num_classes - 1}: --target N",
             )
         normalise = _normaliser(source, where)
         claim(state, {"settings": asdict(settings), "surrogate": surrogate, "data": train_set.digest()})

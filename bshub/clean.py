@@ -56,11 +56,19 @@ class CleanImages:
         except (TypeError, ValueError, AttributeError):
             sound = False
         if not sound:
-            raise UsageError("the loader must give (images [n, c, h, w] float, labels [n])")
+            raise UsageError(
+                "the loader must give (images [n, c, h, w] float, labels [n])",
+                hint="wrap yours: for images, labels in loader: yield images, labels",
+            )
         if self._kept and images.shape[1:] != self._kept[0][0].shape[1:]:
-            raise UsageError(f"the images differ in size: {tuple(images.shape[1:])} after {self.input_size}")
+            raise UsageError(
+                f"the images differ in size: {tuple(images.shape[1:])} after {self.input_size}",
+                hint="resize them to one size in the loader",
+            )
         if not bool(torch.isfinite(images).all()):
-            raise UsageError("the clean images contain NaN or infinite values")
+            raise UsageError(
+                "the clean images contain NaN or infinite values", hint="look at the normalisation in the loader"
+            )
         self._check(labels)
         if self.count < KEPT_IMAGES:
             self._kept.append((images, labels.long()))
@@ -81,7 +89,10 @@ class CleanImages:
         if self._classes is not None and len(labels):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self._classes:
-                raise UsageError(f"the labels reach from {low} to {high}, but the model has {self._classes} classes")
+                raise UsageError(
+                    f"the labels reach from {low} to {high}, but the model has {self._classes} classes",
+                    hint="map the labels to the indices of the model's outputs",
+                )
 
     def stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches, once."""

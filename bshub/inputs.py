@@ -92,7 +92,8 @@ def _check_target(trigger: Trigger | None, source: LoadedModel) -> None:
     if trigger is not None and trigger.target >= source.origin.num_classes:
         raise TriggerError(
             f"the trigger's target label {trigger.target} does not exist in a model with "
-            f"{source.origin.num_classes} classes"
+            f"{source.origin.num_classes} classes",
+            hint=f"give a trigger with a target below {source.origin.num_classes}, or the model it was made for",
         )
 
 

@@ -20,6 +20,7 @@ from bshub.errors import UsageError, printable
 FILE = "bshub.toml"
 _PROJECT = "pyproject.toml"
 _MAX_BYTES = 1 << 20
+_CORRECT = "correct it on the command line or in the file of settings"
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,41 @@ class Settings:
         """Refuse what cannot be; NaN is never a setting."""
         for name in ("method", "score", "repair", "device"):
             if not isinstance(getattr(self, name), str):
-                raise UsageError(f"{name} must be a name, not {getattr(self, name)!r}")
+                raise UsageError(
+                    f"{name} must be a name, not {getattr(self, name)!r}",
+                    hint=_CORRECT,
+                )
         numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr, "effort": self.effort}
         numbers |= {} if self.mu == "auto" else {"mu": self.mu}  # type: ignore[dict-item]
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 kind = "a number or 'auto'" if name == "mu" else "a number"
-                raise UsageError(f"{name} must be {kind}, not {value!r}")
+                raise UsageError(
+                    f"{name} must be {kind}, not {value!r}",
+                    hint=_CORRECT,
+                )
         if not 0 <= self.budget <= 100:
-            raise UsageError(f"budget is accuracy in points, 0 to 100, not {self.budget!r}")
+            raise UsageError(
+                f"budget is accuracy in points, 0 to 100, not {self.budget!r}",
+                hint=_CORRECT,
+            )
         if not 0 < self.finetune_lr <= 10:
-            raise UsageError(f"finetune_lr must lie above 0 and not above 10, not {self.finetune_lr!r}")
+            raise UsageError(
+                f"finetune_lr must lie above 0 and not above 10, not {self.finetune_lr!r}",
+                hint=_CORRECT,
+            )
         if not 0 < self.effort <= 100:
-            raise UsageError(f"effort must lie above 0 and not above 100, not {self.effort!r}")
+            raise UsageError(
+                f"effort must lie above 0 and not above 100, not {self.effort!r}",
+                hint=_CORRECT,
+            )
         for name, low, high in (("finetune_epochs", 0, 10_000), ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+                raise UsageError(
+                    f"{name} must be a whole number from {low} to {high}, not {value!r}",
+                    hint=_CORRECT,
+                )
 
     def resolved(self) -> Settings:
         """With what the method fixes: the paper scores by four statistics and fine-tunes on the labels."""

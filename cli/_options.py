@@ -91,7 +91,9 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{option} is a list of whole numbers like 1,10, not {text!r}") from None
+        raise UsageError(
+            f"{option} is a list of whole numbers like 1,10, not {text!r}", hint=f"write {option} 1,10"
+        ) from None
 
 
 def parse_mu(text: str) -> float | str:

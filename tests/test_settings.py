@@ -155,5 +155,5 @@ def test_bad_settings_end_the_command_before_anything_is_loaded(
     for command in ("sanitize", "scan", "evaluate"):
         result = bshub_command(command, "./nowhere")
         assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == "bshub: bshub.toml: mu must be a number or 'auto', not nan\n"
+        assert result.stderr.startswith("bshub: bshub.toml: mu must be a number or 'auto', not nan\n       correct it")
         assert bshub_command(command, "--help").exit_code == 0

@@ -30,7 +30,10 @@ def bench_to_folder(grid: Grid, output: Path, *, progress: Progress | None = Non
         UsageError: Something asked for cannot be used.
     """
     if not grid.per_class or min(grid.per_class) < 1 or not grid.seeds or not grid.methods or not grid.models:
-        raise UsageError("a benchmark needs models, methods, seeds and at least one clean image per class")
+        raise UsageError(
+            "a benchmark needs models, methods, seeds and at least one clean image per class",
+            hint='bshub bench MODEL --data DIR --methods "bshub paper"',
+        )
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", hint="name another --output")
     rows = Rows(output / ROWS)

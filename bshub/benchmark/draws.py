@@ -42,7 +42,10 @@ def draw(folder: ClassFolder, per_class: int, seed: int, avoid: Collection[str])
         random.Random(f"{seed}/{label}").shuffle(order)
         clean = [path for path in order if path.relative_to(folder.root).as_posix() not in avoid][:per_class]
         if len(clean) < per_class:
-            raise UsageError(f"class {label} of {folder.root} has {len(clean)} clean images, {per_class} are asked for")
+            raise UsageError(
+                f"class {label} of {folder.root} has {len(clean)} clean images, {per_class} are asked for",
+                hint=f"ask for fewer: --per-class {len(clean)}",
+            )
         chosen += [(path, label) for path in clean]
     return chosen
 

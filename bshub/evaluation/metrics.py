@@ -107,7 +107,10 @@ def evaluate_models(
         others = torch.ne(labels, -1 if target is None else target)
         if stamped is not None:
             if target is None:
-                raise TriggerError("the attack success rate needs the trigger's target label")
+                raise TriggerError(
+                    "the attack success rate needs the trigger's target label",
+                    hint="pass target=LABEL, as trigger.json states it",
+                )
             stamped_any = True
             attacked += int(others.sum())
         for k, model in enumerate(models):
@@ -119,7 +122,10 @@ def evaluate_models(
         if progress:
             progress(len(images))
     if not n:
-        raise InconclusiveError("there is no test image: nothing was measured")
+        raise InconclusiveError(
+            "there is no test image: nothing was measured",
+            hint="give --test-dir images of other classes than the trigger's target",
+        )
     return [
         Evaluation(
             Rate(right[k], n),

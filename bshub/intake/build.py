@@ -61,7 +61,10 @@ def build(
             raise ModelReferenceError(
                 f"{wanted.library}/{wanted.name} with these arguments does not fit into memory", hint=_LARGE
             ) from None
-        raise ModelReferenceError(f"{wanted.library} cannot build {wanted.name!r}: {error}") from None
+        raise ModelReferenceError(
+            f"{wanted.library} cannot build {wanted.name!r}: {error}",
+            hint=_LARGE,
+        ) from None
     if stem or wanted.stem:
         replace_stem(module)
     return module.eval(), override(config, wanted.preprocessing), weights

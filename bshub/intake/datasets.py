@@ -81,7 +81,9 @@ def parse_dataset(reference: str) -> tuple[str, str | None, str]:
         )
     repo_id, revision, inside = found[1], found[2], (found[3] or "").strip("/")
     if ".." in inside.split("/") or "\\" in inside:
-        raise ImageDataError(f"{inside!r} is not a folder of {repo_id}")
+        raise ImageDataError(
+            f"{inside!r} is not a folder of {repo_id}", hint="write hf://datasets/user/repo[@revision][/folder]"
+        )
     try:
         split_reference(f"{repo_id}@{revision}" if revision else repo_id)
     except ModelReferenceError as err:

@@ -132,7 +132,9 @@ def open_folder(
     _refuse_other_layouts(root, folders, label_names or ())
     pair = twins([path.name for path in folders])
     if pair is not None:
-        raise ImageDataError(f"two class folders differ only in spelling: {pair[0]!r} and {pair[1]!r}")
+        raise ImageDataError(
+            f"two class folders differ only in spelling: {pair[0]!r} and {pair[1]!r}", hint="rename or merge them"
+        )
     names = [path.name for path in folders]
     indices, matched = match_names(names, num_classes, label_names, what="class folders", whose=whose)
     found = [_images(folder, real_root) for folder in folders]

@@ -163,7 +163,10 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     if split_reference(f"{repo_id}@{revision}" if revision else repo_id) != (repo_id, revision or None):
         raise ModelReferenceError(f"{repo_id!r} is not a repository's name", hint="write user/repo")
     if not all(part.strip(".") for part in re.split(r"[/\\]", filename)):
-        raise ModelReferenceError(f"{filename!r} is not a file inside a repository")
+        raise ModelReferenceError(
+            f"{filename!r} is not a file inside a repository",
+            hint="name a file by its path in the repository, without ..",
+        )
     cached = try_to_load_from_cache(repo_id, filename, revision=revision)
     if isinstance(cached, str) and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return _verified(Path(cached))

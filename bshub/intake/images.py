@@ -28,6 +28,8 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100  # resizing the shorter side of a thread of pixels would fill the memory
 MAX_BYTES = 512 << 20
 _ORIENTATION = 0x0112
+_SMALLER = "scale it down: networks see a few hundred pixels a side"
+_BITS = "save it with 8 or 16 bits a channel"
 
 
 def read_image(path: Path, converted: Counter[str] | None = None) -> Tensor:
@@ -46,9 +48,12 @@ def read_image(path: Path, converted: Counter[str] | None = None) -> Tensor:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise ImageDataError(f"{path} is not a regular file")
+            raise ImageDataError(f"{path} is not a regular file", hint="give an image file itself")
         if state.st_size > MAX_BYTES:
-            raise ImageDataError(f"{path} has {state.st_size} bytes, more than {MAX_BYTES >> 20} MiB")
+            raise ImageDataError(
+                f"{path} has {state.st_size} bytes, more than {MAX_BYTES >> 20} MiB",
+                hint=_SMALLER,
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of corrupt EXIF, and of sizes below Pillow's limit: ours is stricter
             with Image.open(path, formats=FORMATS) as image:
@@ -56,10 +61,15 @@ def read_image(path: Path, converted: Counter[str] | None = None) -> Tensor:
     except ImageDataError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, met before the size can be asked for
-        raise ImageDataError(f"{path} has more than {MAX_PIXELS // 10**6} megapixels") from None
+        raise ImageDataError(
+            f"{path} has more than {MAX_PIXELS // 10**6} megapixels",
+            hint=_SMALLER,
+        ) from None
     except Exception as error:  # Pillow raises many kinds for broken files; all of them mean "not an image"
         reason = str(error).replace(str(path), "the file") or type(error).__name__
-        raise ImageDataError(f"{path} is not a readable image: {reason}") from None
+        raise ImageDataError(
+            f"{path} is not a readable image: {reason}", hint="save it again as PNG or JPEG, or leave it out"
+        ) from None
     if converted is not None:
         converted.update(changes)
     return pixels
@@ -68,13 +78,21 @@ def read_image(path: Path, converted: Counter[str] | None = None) -> Tensor:
 def _decode(image: Image.Image, path: Path) -> tuple[Tensor, list[str]]:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageDataError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
+        raise ImageDataError(
+            f"{path} has {width}x{height} pixels, more than {MAX_PIXELS // 10**6} megapixels",
+            hint=_SMALLER,
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageDataError(f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
+        raise ImageDataError(
+            f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other",
+            hint="crop it, or leave it out",
+        )
     changes = []
     if getattr(image, "n_frames", 1) > 1:
         if image.format != "MPO":
-            raise ImageDataError(f"{path} is animated or has several pages")
+            raise ImageDataError(
+                f"{path} is animated or has several pages", hint="save one picture of it as PNG or JPEG"
+            )
         changes.append("first picture of several (MPO)")
     image.load()
     if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
@@ -82,11 +100,11 @@ def _decode(image: Image.Image, path: Path) -> tuple[Tensor, list[str]]:
     image = ImageOps.exif_transpose(image)  # before any conversion, which would drop the orientation
     mode = image.mode
     if mode == "F":
-        raise ImageDataError(f"{path} holds floating-point pixels; their range is unknown")
+        raise ImageDataError(f"{path} holds floating-point pixels; their range is unknown", hint=_BITS)
     if mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip everything above 255
         deep = np.asarray(image).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
-            raise ImageDataError(f"{path} holds pixels outside 16 bits")
+            raise ImageDataError(f"{path} holds pixels outside 16 bits", hint=_BITS)
         image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
         changes.append("16-bit grey")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -54,7 +54,10 @@ def read_metadata(root: Path) -> tuple[str, dict[str, str]] | None:
         name = _contained(row.get("file_name"), place)
         label = _label(row.get(column), column, place)
         if labels.setdefault(name, label) != label:
-            raise ImageDataError(f"{place}: {printable(name, 80)} has two labels, {labels[name]!r} and {label!r}")
+            raise ImageDataError(
+                f"{place}: {printable(name, 80)} has two labels, {labels[name]!r} and {label!r}",
+                hint="keep one row for each image",
+            )
     if not labels:
         raise ImageDataError(f"{table} has no rows", hint="write one row per image: file_name,label")
     return f"column {column} of {table.name}", labels

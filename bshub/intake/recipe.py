@@ -19,6 +19,7 @@ from bshub.intake.refill import refill
 
 MAX_WIDTH = 10**6  # of one axis
 MAX_KEPT = 2 * 10**7  # of all; a few bytes of JSON can name a million
+_AGAIN = "fetch the model again from where it was published, or sanitize the original again"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Recipe:
             refilled = {str(name): _places(numbers) for name, numbers in places.items()}
             return cls(attributes, kept, data.get("stem"), refilled)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"the bshub recipe in config.json cannot be used: {error}") from None
+            raise CheckpointError(
+                f"the bshub recipe in config.json cannot be used: {error}",
+                hint=_AGAIN,
+            ) from None
 
 
 def replace_stem(model: nn.Module) -> None:
@@ -107,7 +111,7 @@ def replace_stem(model: nn.Module) -> None:
             model.set_submodule(name, new)
             break
     else:
-        raise CheckpointError("stem=cifar needs a network with a convolution")
+        raise CheckpointError("stem=cifar needs a network with a convolution", hint="leave stem=cifar away")
     for name, module in model.named_modules():
         if isinstance(module, nn.MaxPool2d):
             model.set_submodule(name, nn.Identity())
@@ -124,28 +128,43 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
         try:
             module = model.get_submodule(module_name)
         except AttributeError:
-            raise CheckpointError(f"the recipe names a module {module_name!r} that the network lacks") from None
+            raise CheckpointError(
+                f"the recipe names a module {module_name!r} that the network lacks",
+                hint=_AGAIN,
+            ) from None
         for name, value in attributes.items():
             if not _sound(name, vars(module).get(name), value):
-                raise CheckpointError(f"the recipe cannot set {module_name}.{name} to {value!r}")
+                raise CheckpointError(
+                    f"the recipe cannot set {module_name}.{name} to {value!r}",
+                    hint=_AGAIN,
+                )
             current = getattr(module, name)
             setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
     for module_name, places in recipe.refilled.items():
         try:
             refill(model.get_submodule(module_name), *places)
         except AttributeError:
-            raise CheckpointError(f"the recipe names a module {module_name!r} that the network lacks") from None
+            raise CheckpointError(
+                f"the recipe names a module {module_name!r} that the network lacks",
+                hint=_AGAIN,
+            ) from None
     for name in recipe.kept:
         owner, _, leaf = name.rpartition(".")
         try:
             module = model.get_submodule(owner)
         except AttributeError:
-            raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks") from None
+            raise CheckpointError(
+                f"the recipe names a tensor {name!r} that the network lacks",
+                hint=_AGAIN,
+            ) from None
         if name not in state and leaf in module._non_persistent_buffers_set:
             _cut_buffer(module, leaf, recipe.kept[name])  # rebuilt by the constructor, at its full width
             continue
         if name not in state:
-            raise CheckpointError(f"the recipe's tensor {name!r} is missing from the checkpoint")
+            raise CheckpointError(
+                f"the recipe's tensor {name!r} is missing from the checkpoint",
+                hint=_AGAIN,
+            )
         shape = state[name].shape
         if leaf in module._parameters and module._parameters[leaf] is not None:
             dtype = module._parameters[leaf].dtype  # type: ignore[union-attr]
@@ -153,7 +172,10 @@ def apply_recipe(model: nn.Module, recipe: Recipe, state: Mapping[str, Tensor]) 
         elif leaf in module._buffers and module._buffers[leaf] is not None:
             module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
         else:
-            raise CheckpointError(f"the recipe names a tensor {name!r} that the network lacks")
+            raise CheckpointError(
+                f"the recipe names a tensor {name!r} that the network lacks",
+                hint=_AGAIN,
+            )
 
 
 def _places(numbers: list[int]) -> tuple[int, int, list[int]]:
@@ -170,7 +192,10 @@ def _cut_buffer(module: nn.Module, leaf: str, axes: dict[int, list[int]]) -> Non
     buffer = module._buffers[leaf]
     for axis, index in axes.items():
         if buffer is None or not 0 <= axis < buffer.ndim or not index or index[-1] >= buffer.shape[axis]:
-            raise CheckpointError(f"the recipe does not fit the buffer {leaf!r}")
+            raise CheckpointError(
+                f"the recipe does not fit the buffer {leaf!r}",
+                hint=_AGAIN,
+            )
         buffer = buffer.index_select(axis, torch.tensor(index))
     module._buffers[leaf] = buffer
 

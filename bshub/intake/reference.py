@@ -77,7 +77,10 @@ def parse_reference(text: str) -> Reference:
         ModelReferenceError: It is none of the known forms, or the path does not exist.
     """
     if not text or "\0" in text:
-        raise ModelReferenceError("the model reference is empty or has a zero byte")
+        raise ModelReferenceError(
+            "the model reference is empty or has a zero byte",
+            hint="bshub scan timm/resnet18, user/repo, ./folder or ./file",
+        )
     text = text.removeprefix("hf-hub:").removeprefix("local-dir:")
     library = text.partition("/")[0]
     try:
@@ -120,7 +123,10 @@ def parse_architecture(text: str) -> Architecture:
     }
     bad = FORBIDDEN_ARGUMENTS & options.keys()
     if bad:
-        raise ModelReferenceError(f"{sorted(bad)[0]!r} cannot be set in a model reference")
+        raise ModelReferenceError(
+            f"{sorted(bad)[0]!r} cannot be set in a model reference",
+            hint="leave it away: what loads weights is no option of a reference",
+        )
     return Architecture(library, name, tag or None, options, stem, preprocessing)
 
 

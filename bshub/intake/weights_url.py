@@ -24,6 +24,7 @@ __all__ = ["fetch_url"]
 _WEIGHT_HOSTS = frozenset({"download.pytorch.org"})
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.pth")
 _SILENCE_SECONDS = 20.0
+_YOURSELF = "fetch the file yourself and give it with --arch"
 
 
 class _SameHosts(HTTPRedirectHandler):
@@ -52,7 +53,10 @@ def fetch_url(url: str, folder: Path) -> Path:
     name = _check_url(url)
     named = _DIGEST.search(name)
     if named is None:
-        raise ModelReferenceError(f"{name} carries no digest in its name, so the download could not be checked")
+        raise ModelReferenceError(
+            f"{name} carries no digest in its name, so the download could not be checked",
+            hint=_YOURSELF,
+        )
     target = folder / name
     part = folder / f".{name}.{uuid.uuid4().hex}.part"
     try:
@@ -89,8 +93,11 @@ def _check_url(url: str) -> str:
     """Refuse other schemes, hosts and ports; give the file's name."""
     parts = urlsplit(url)
     if parts.scheme != "https" or parts.netloc not in _WEIGHT_HOSTS:
-        raise ModelReferenceError(f"weights are fetched from https://{min(_WEIGHT_HOSTS)} alone, not from {url}")
+        raise ModelReferenceError(
+            f"weights are fetched from https://{min(_WEIGHT_HOSTS)} alone, not from {url}",
+            hint=_YOURSELF,
+        )
     name = parts.path.rpartition("/")[2]
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or name.startswith("."):
-        raise ModelReferenceError(f"{url} does not end in a file name")
+        raise ModelReferenceError(f"{url} does not end in a file name", hint=_YOURSELF)
     return name

@@ -42,7 +42,9 @@ def read_folder(folder: Path) -> dict[str, frozenset[str]]:
                     raise PublishError(f"{inside!r} is not a file name the Hub would take", hint="rename the file")
                 ids[inside] = _ids(path)
     except OSError as err:
-        raise PublishError(f"{folder} cannot be read: {err.strerror or err}") from None
+        raise PublishError(
+            f"{folder} cannot be read: {err.strerror or err}", hint="look at the folder's rights"
+        ) from None
     if not ids:
         raise PublishError(f"{folder} holds no files to publish", hint="bshub sanitize writes such a folder")
     if MANIFEST not in ids:

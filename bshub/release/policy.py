@@ -57,6 +57,7 @@ max_age_days = 180.0
 required_files = ["model.safetensors", "config.json", "README.md"]
 """
 _MAX_BYTES = 1 << 20
+_SEE = "bshub gate --init writes a policy that says what each key takes"
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 
 
@@ -109,22 +110,40 @@ class Policy:
         for name in ("min_images", "max_suspicious"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value <= 2**31):
-                raise UsageError(f"{name} must be a whole number from 0, not {value!r}")
+                raise UsageError(
+                    f"{name} must be a whole number from 0, not {value!r}",
+                    hint=_SEE,
+                )
         for name in ("require_asr", "worst_case"):
             if type(getattr(self, name)) is not bool:
-                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise UsageError(
+                    f"{name} must be true or false, not {getattr(self, name)!r}",
+                    hint=_SEE,
+                )
         for name in ("methods", "licences", "required_files"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(item, str) for item in value)):
-                raise UsageError(f"{name} must be a list of names, not {value!r}")
+                raise UsageError(
+                    f"{name} must be a list of names, not {value!r}",
+                    hint=_SEE,
+                )
         for name in ("min_bshub", "signer"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise UsageError(f"{name} must be text, not {value!r}")
+                raise UsageError(
+                    f"{name} must be text, not {value!r}",
+                    hint=_SEE,
+                )
         if self.min_bshub is not None and not _VERSION.fullmatch(self.min_bshub):
-            raise UsageError(f"min_bshub must be a version like 0.1.0, not {self.min_bshub!r}")
+            raise UsageError(
+                f"min_bshub must be a version like 0.1.0, not {self.min_bshub!r}",
+                hint=_SEE,
+            )
         if self.signer and self.signer.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-f]{64}", self.signer):
-            raise UsageError("signer must be a file, or sha256: and 64 hexadecimal digits")
+            raise UsageError(
+                "signer must be a file, or sha256: and 64 hexadecimal digits",
+                hint=_SEE,
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """For reports: what is asked, where it was read and its digest."""
@@ -181,9 +200,15 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"{name} must be a number, not {value!r}")
+        raise UsageError(
+            f"{name} must be a number, not {value!r}",
+            hint=_SEE,
+        )
     if not low <= value <= high:
-        raise UsageError(f"{name} must lie from {low:g} to {high:g}, not {value!r}")
+        raise UsageError(
+            f"{name} must lie from {low:g} to {high:g}, not {value!r}",
+            hint=_SEE,
+        )
 
 
 def older(version: str, bound: str) -> bool:

@@ -53,7 +53,10 @@ def standardize(scores: Tensor) -> Tensor:
         InconclusiveError: A score is not finite.
     """
     if not bool(torch.isfinite(scores).all()):
-        raise InconclusiveError("a filter's score is not finite: the weights overflow somewhere")
+        raise InconclusiveError(
+            "a filter's score is not finite: the weights overflow somewhere",
+            hint="choose another --score: bshub scan --help lists them",
+        )
     scores = scores.double()
     deviation = scores.std(correction=0)
     if deviation <= 1e-9 * scores.abs().max().clamp_min(1e-30):

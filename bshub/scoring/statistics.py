@@ -80,7 +80,10 @@ def measure(
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in named.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InconclusiveError(f"the weights cannot be judged: {name!r} holds NaN or infinite values")
+            raise InconclusiveError(
+                f"the weights cannot be judged: {name!r} holds NaN or infinite values",
+                hint="give a checkpoint with finite weights",
+            )
     affines = {pair.name: affine_of(pair, named) for pair in pairing.pairs}
     spectral = {
         pair.name: (filter_norms(_filters(model, pair.name)) * affines[pair.name].scale.abs()).cpu()

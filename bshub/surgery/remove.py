@@ -83,7 +83,10 @@ def remove(
     plan = make_plan(flow, pairing, flagged, frozenset(touched - (allowed - guilty)))
     attempt, again = _attempt(model, plan, flow, images)
     if attempt is None:
-        raise SurgeryError(f"the narrowed model does not compute what the masked one does: {again}")
+        raise SurgeryError(
+            f"the narrowed model does not compute what the masked one does: {again}",
+            hint="nothing was written; rerun with a larger --mu, and report this network to the maintainers",
+        )
     kept = f"{len(guilty)} channel groups stayed in place: removing them is not exact ({why})"
     return Removal(attempt.model, attempt.plan, attempt.attributes, attempt.proof, [kept])
 

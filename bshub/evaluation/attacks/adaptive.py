@@ -39,7 +39,10 @@ def adaptive(setup: Setup, weight: float = 1.0, share: float = 0.1) -> Attack:
         share: Share of each layer's channels that counts as triggered, at least one channel.
     """
     if not (weight >= 0 and 0 < share <= 1):
-        raise UsageError("weight must not be negative, share must lie in (0, 1]")
+        raise UsageError(
+            "weight must not be negative, share must lie in (0, 1]",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     trigger = patch_trigger(setup.target, setup.size)
     chosen = torch.randperm(len(setup.labels), generator=setup.generator(3))[:PROBES]
     seen: dict[str, Any] = {"step": 0}

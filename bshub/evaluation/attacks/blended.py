@@ -27,7 +27,10 @@ def blended(setup: Setup, alpha: float = 0.2, pattern: str = "picture") -> Attac
     if pattern not in PATTERNS:
         raise UsageError(f"unknown pattern {pattern!r}", hint=f"one of {', '.join(PATTERNS)}")
     if not 0 < alpha <= 1:
-        raise UsageError(f"alpha must lie in (0, 1], not {alpha!r}")
+        raise UsageError(
+            f"alpha must lie in (0, 1], not {alpha!r}",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     image = PATTERNS[pattern](setup.size, setup.generator(2))
     trigger = Trigger("blend", setup.target, setup.size, {"pattern": image, "alpha": float(alpha)})
     return Attack(

@@ -43,7 +43,10 @@ def input_aware(
         mask_batch: Images in each of them.
     """
     if not (0 < density < 1 and diversity >= 0 and mask_steps > 0 and mask_batch > 1):
-        raise UsageError("density must lie in (0, 1), diversity, mask_steps and mask_batch above zero")
+        raise UsageError(
+            "density must lie in (0, 1), diversity, mask_steps and mask_batch above zero",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(setup.seed, 2))
         networks = make_networks(channels).to(setup.device)

@@ -153,7 +153,10 @@ def redrawn_roles(setup: Setup, cross_ratio: float) -> Roles:
 
 def _fixed(setup: Setup, pool: Tensor, count: int) -> Roles:
     if not count:
-        raise UsageError(f"there is no training image that could be poisoned for target {setup.target}")
+        raise UsageError(
+            f"there is no training image that could be poisoned for target {setup.target}",
+            hint="name another --target, or give images of other classes",
+        )
     result = torch.full((len(setup.labels),), CLEAN, dtype=torch.uint8)
     result[pool[torch.randperm(len(pool), generator=setup.generator(1))[:count]]] = POISONED
     return lambda epoch: result

@@ -48,7 +48,10 @@ def label_consistent(setup: Setup, epsilon: float = 16.0, steps: int = 20, step_
         step_size: In grey levels.
     """
     if not (0 <= epsilon <= 255 and steps >= 0 and step_size > 0):
-        raise UsageError("epsilon must lie between 0 and 255, steps and step_size above zero")
+        raise UsageError(
+            "epsilon must lie between 0 and 255, steps and step_size above zero",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     trigger, roles = corners_trigger(setup.target, setup.size), clean_label_roles(setup)
     chosen = (roles(0) == POISONED).nonzero().squeeze(1)
 

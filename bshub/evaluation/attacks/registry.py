@@ -63,7 +63,10 @@ def find_attack(name: str, options: dict[str, Any]) -> Callable[[Setup], Attack]
                 hint=f"it has {', '.join(f'{k}={v}' for k, v in defaults.items()) or 'none'}",
             )
         if not _fits(value, defaults[key]):
-            raise UsageError(f"{key} is like {defaults[key]!r}, not {value!r}")
+            raise UsageError(
+                f"{key} is like {defaults[key]!r}, not {value!r}",
+                hint="leave --option away for the default; docs/attacks.md says what it does",
+            )
     return partial(ATTACKS[name], **options)
 
 

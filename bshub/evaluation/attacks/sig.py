@@ -16,7 +16,10 @@ def sig(setup: Setup, delta: float = 20.0, frequency: float = 6.0) -> Attack:
         frequency: Periods f across the image.
     """
     if not (0 < delta <= 255 and 0 < frequency <= setup.size[1]):
-        raise UsageError("delta must lie in (0, 255], frequency in (0, width]")
+        raise UsageError(
+            "delta must lie in (0, 255], frequency in (0, width]",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     params = {"delta": float(delta), "frequency": float(frequency)}
     trigger = Trigger("sinusoid", setup.target, setup.size, params)
     return Attack(

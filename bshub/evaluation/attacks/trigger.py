@@ -56,7 +56,8 @@ class Trigger:
         if images.dtype != torch.uint8 or images.shape[1:] != (3, *self.size):
             raise TriggerError(
                 f"the trigger works on uint8 images of {self.size[0]}x{self.size[1]} RGB pixels, "
-                f"got {images.dtype} {tuple(images.shape[1:])}"
+                f"got {images.dtype} {tuple(images.shape[1:])}",
+                hint="make a trigger of the images' size, or give images of the trigger's",
             )
         return TRIGGERS[self.kind].apply(images, self.params)
 
@@ -81,7 +82,10 @@ def load_trigger(path: str | Path) -> Trigger:
     except FileNotFoundError:
         raise TriggerError(f"no trigger file at {path}", hint="check the path") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise TriggerError(f"{path} is not a readable JSON file: {error}") from None
+        raise TriggerError(
+            f"{path} is not a readable JSON file: {error}",
+            hint="give the trigger.json that bshub attack writes, or one in the form that docs/guide.md shows",
+        ) from None
     try:
         return _parse(spec, path.parent)
     except BshubError as error:  # of the file beside it

@@ -26,7 +26,10 @@ def wanet(setup: Setup, k: int = 4, s: float = 0.5, rescale: float = 1.0, cross_
         cross_ratio: Noise-mode images for each poisoned one.
     """
     if not (2 <= k <= 256 and 0 < s <= 1e3 and 0 < rescale <= 10 and cross_ratio >= 0):
-        raise UsageError("k must be 2 to 256, s, rescale and cross_ratio must be above zero")
+        raise UsageError(
+            "k must be 2 to 256, s, rescale and cross_ratio must be above zero",
+            hint="leave --option away for the default; docs/attacks.md says what it does",
+        )
     grid = control_grid(k, setup.generator(2))
     trigger = Trigger("warp", setup.target, setup.size, {"grid": grid, "strength": float(s), "rescale": float(rescale)})
     field = warp_field(grid, s, rescale, setup.size)

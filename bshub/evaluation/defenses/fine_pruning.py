@@ -138,7 +138,10 @@ def find_last_channels(model: nn.Module, flow: ChannelFlow, images: Tensor) -> L
         known = [group for group in columns if group in written]
         if known and getattr(model.get_submodule(name), "groups", 1) == 1:
             return LastChannels(name, [columns[group] for group in known], [written[group] for group in known])
-    raise InconclusiveError("no layer reads channels that a batch norm writes: there is nothing to prune by activation")
+    raise InconclusiveError(
+        "no layer reads channels that a batch norm writes: there is nothing to prune by activation",
+        hint="choose another --method: bshub sanitize --help lists them",
+    )
 
 
 def activations(model: nn.Module, channels: LastChannels, clean: CleanImages, settings: DefenseSettings) -> Tensor:

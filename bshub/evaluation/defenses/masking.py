@@ -51,7 +51,10 @@ def conv_weights(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Conv2d) and f"{name}.weight" in parameters
     }
     if not weights:
-        raise InconclusiveError("the model has no convolution with weights of its own")
+        raise InconclusiveError(
+            "the model has no convolution with weights of its own",
+            hint="choose another --method: bshub sanitize --help lists them",
+        )
     return weights
 
 
