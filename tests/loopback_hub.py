@@ -30,8 +30,8 @@ class Refusal(Exception):
     """An answer that is not 200, with ``message`` in a JSON body; status 0 hangs up.
 
     An injected one meets the next ``times`` requests whose ``METHOD /path`` matches ``pattern``, after ``delay``
-    seconds; with ``after`` the request is carried out first and only its answer is lost; with ``cut`` the sound answer
-    breaks off in the middle.
+    seconds; with ``after`` the request is carried out first and only its answer is lost. With status 200 the answer is
+    the sound one, late by ``delay``, or with ``cut`` broken off in the middle.
     """
 
     status: int
@@ -133,12 +133,13 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.authorizations.add(self.headers.get("Authorization", ""))
         fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, request)), None)
         try:
-            answer = None if fault and not (fault.after or fault.cut) else self.route(request)
+            sound = fault is None or fault.status == 200
+            answer = self.route(request) if sound or fault.after else None
             if fault:
                 fault.times -= 1
                 time.sleep(fault.delay)
-                if not fault.cut:
-                    raise fault
+            if not sound:
+                raise fault
             status, (body, headers) = 200, answer if isinstance(answer, tuple) else (json.dumps(answer).encode(), {})
         except Refusal as refusal:
             status, body = refusal.status, json.dumps({"error": refusal.message, **refusal.body}).encode()

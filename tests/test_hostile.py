@@ -30,6 +30,7 @@ def test_what_is_bad_comes_to_what_is_promised(case: Case, bench: Bench) -> None
         assert case.says in str(outcome.error)
         assert str(outcome.error).isprintable()
         assert outcome.error.exit_code == case.code
+        assert outcome.error.hint, "no next command"
         assert "weights_only" not in outcome.text  # torch's advice to turn the guard off
     if case.number != 64:
         assert "Traceback" not in outcome.text

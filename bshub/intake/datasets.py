@@ -87,7 +87,10 @@ def parse_dataset(reference: str) -> tuple[str, str | None, str]:
     try:
         split_reference(f"{repo_id}@{revision}" if revision else repo_id)
     except ModelReferenceError as err:
-        raise ImageDataError(err.message, hint=err.hint) from None
+        raise ImageDataError(
+            err.message.replace("a model on the Hub", "a data set on the Hub"),
+            hint="write hf://datasets/user/repo[@revision][/folder]",
+        ) from None
     return repo_id, revision, inside
 
 

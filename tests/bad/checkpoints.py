@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
@@ -162,12 +163,30 @@ def half_prefixed(bench: Bench) -> Outcome:
 
 
 def more_classes(bench: Bench) -> Outcome:
+    """What the message says to type makes the run go on."""
     state = bench.state()
     state["fc.weight"], state["fc.bias"] = torch.ones(7, *state["fc.weight"].shape[1:]), torch.ones(7)
-    return bench.sanitize(bench.put("m.safetensors", safetensors.torch.save(state)))
+    file = bench.put("m.safetensors", safetensors.torch.save(state))
+    outcome = bench.sanitize(file)
+    assert outcome.error is not None and str(outcome.error.hint).endswith(": --num-classes 7")
+    assert bench.command("scan", file, "--arch", ARCH, "--num-classes", 7).code == 0
+    return outcome
 
 
 def other_network(bench: Bench) -> Outcome:
+    """The same for a file of another, usual network: the message names it."""
+    torch.manual_seed(0)
+    state = timm.create_model("mobilenetv3_small_050", num_classes=3).state_dict()
+    file = bench.put("m.safetensors", safetensors.torch.save(state))
+    outcome = bench.sanitize(file)
+    assert outcome.error is not None
+    fit = "--arch timm/mobilenetv3_small_050 --num-classes 3"
+    assert str(outcome.error.hint).endswith(f": {fit}")
+    assert bench.command("scan", file, *fit.split()).code == 0
+    return outcome
+
+
+def no_usual_network(bench: Bench) -> Outcome:
     file = bench.put("m.safetensors", safetensors.torch.save(bench.state()))
     return bench.command("sanitize", file, "--arch", "timm/resnet18?num_classes=3", "--clean-dir", bench.clean)
 
@@ -228,7 +247,8 @@ CASES = [
     Case(14, "a prefix on one key", half_prefixed, REFUSED, "1 missing (fc.bias), 1 unexpected (module.fc.bias)", 2,
          silent=True),
     Case(15, "another number of classes", more_classes, REFUSED, "is [7, 96] in the checkpoint and [3, 96] in the", 2),
-    Case(15, "another network", other_network, REFUSED, "missing (", 2),
+    Case(15, "another network", other_network, REFUSED, "its tensors are not those of the model", 2),
+    Case(15, "a network of nobody's list", no_usual_network, REFUSED, "missing (", 2),
     Case(15, "a config that asks for gigabytes", huge_network, ModelReferenceError, "more than 256 MiB of weights", 2),
     Case(16, "int64 weights", changed("fc.weight", lambda t: t.long()), REFUSED, "'fc.weight' holds int64", 2,
          silent=True),

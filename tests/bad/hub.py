@@ -9,12 +9,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from markdown_it import MarkdownIt
+
 from bad.bench import TOKEN, Bench, Case, Outcome, contents, make_images, make_model
 from bshub.errors import ImageDataError, ModelReferenceError, PublishError
+from bshub.intake import datasets
 from bshub.intake import hub as intake
 from bshub.release.publish import publish
 
 LOOK_UP, COMMIT = "HEAD /them/net/resolve/", "POST /api/models/me/cleaned/commit/"
+STEERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SCRIPT = "<script>alert(1)</script>"
 HOSTILE = (f"{SCRIPT}\x1b[2J\u202e", "![i](http://evil) `x` | **b**\n---\nlicense: mit", "dog")
 
@@ -51,6 +55,31 @@ def passing(pattern: str, status: int, times: int = 1, **more: Any) -> Callable[
 def silent(bench: Bench) -> Outcome:
     bench.monkeypatch.setattr(intake, "_LOOK_UP_SECONDS", 0.1)
     return fetching(LOOK_UP, 0, delay=1)(bench)
+
+
+def dataset(status: int, **more: Any) -> Callable[[Bench], Outcome]:
+    """A data set of the Hub while it answers so."""
+
+    def run(bench: Bench) -> Outcome:
+        bench.hub.fail("GET /api/datasets/me/set", status, 9, message=f"you sent {TOKEN}", **more)
+        outcome = bench.sanitize(clean="hf://datasets/me/set")
+        assert f"Bearer {TOKEN}" in bench.hub.authorizations
+        return outcome
+
+    return run
+
+
+def silent_dataset(bench: Bench) -> Outcome:
+    bench.monkeypatch.setattr(datasets, "_LOOK_UP_SECONDS", 0.1)
+    return dataset(0, delay=1)(bench)
+
+
+def cut_dataset(bench: Bench) -> Outcome:
+    make_images(bench.bad / "set", each=1)
+    files = {name: data for name, data in contents(bench.bad / "set").items() if data}
+    bench.hub.seed("me/set", files)
+    bench.hub.fail("GET /datasets/me/set/resolve/", 200, 2, cut=True)
+    return bench.command("evaluate", bench.model, "--test-dir", "hf://datasets/me/set", "--json")
 
 
 def artifact(bench: Bench) -> Any:
@@ -107,6 +136,7 @@ def hostile_labels(bench: Bench) -> Outcome:
     model = make_model(bench.bad / "<img src=x onerror=alert(1)>", HOSTILE)
     make_images(bench.bad / "clean", ("0", "1", "2"))
     out = bench.bad / "out"
+    findings = ["--sarif", bench.bad / "x.sarif", "--junit", bench.bad / "x.xml"]
     outcome = bench.command(
         "sanitize", model, "--clean-dir", bench.bad / "clean", "-o", out, "--mu", 2, "--finetune-epochs", 0,
         "--no-onnx", "--json",
@@ -114,14 +144,23 @@ def hostile_labels(bench: Bench) -> Outcome:
     texts = {path: path.read_text() for path in out.rglob("*") if path.suffix in (".md", ".html", ".json", ".svg")}
     assert len(texts) >= 4
     for path, text in {**texts, "stdout": outcome.text}.items():
-        # a tab is what the page's chart library holds
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), path
+        # line ends, and the tabs of the page's chart library
+        assert not STEERS.search(re.sub("[\t\n]", "", text)), path
         if not str(path).endswith(("json", "stdout")):
             outside_code = re.sub("```.*?```", "", text, flags=re.DOTALL) if path.suffix == ".md" else text
             assert not re.search(r"(?<!\\)<(script>alert|img src=x)", outside_code), path
     card = (out / "README.md").read_text()
+    rendered = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(card.split("\n---\n", 1)[1])
+    tags = re.findall(r"<(script|iframe|svg|img|a)\b([^>]*)", rendered)
+    assert {name for name, _ in tags} <= {"img", "a"}  # our own plots and links
+    assert not any("evil" in attributes or "onerror" in attributes for _, attributes in tags)
     assert card.count("\n---\n") == 1 and not re.search("^license: mit", card, re.MULTILINE)
     assert json.loads((out / "config.json").read_text())["label_names"] == list(HOSTILE)
+    for command in (["scan", model], ["evaluate", out, "--test-dir", bench.bad / "clean"], ["gate", out, *findings]):
+        printed = bench.command(*command)
+        assert not STEERS.search(printed.text.replace("\n", "")), command
+    for path in findings[1::2]:
+        assert not STEERS.search(path.read_text().replace("\n", "")), path
     return outcome
 
 
@@ -142,9 +181,8 @@ def canary(bench: Bench) -> Outcome:
     try:
         out = bench.bad / "out"
         good = bench.command(
-            "sanitize", "them/net", "--clean-dir", bench.clean, "-o", out, "--no-onnx", "--no-report", "--push-to",
-            "me/cleaned",
-            "--mu", 2, "--finetune-epochs", 0, "--debug",
+            "sanitize", "them/net", "--clean-dir", bench.clean, "-o", out, "--no-onnx", "--push-to", "me/cleaned",
+            "--mu", 2, "--finetune-epochs", 0, "--no-thumbnails", "--debug",
         )  # fmt: skip
         texts = [good.text]
         for status in (401, 403, 404, 412, 429, 500):
@@ -161,7 +199,10 @@ def canary(bench: Bench) -> Outcome:
     assert f"Bearer {TOKEN}" in bench.hub.authorizations  # it was really sent
     written = [data.decode("latin-1") for data in contents(out).values()]
     published = [data.decode("latin-1") for data in bench.hub.files("me/cleaned").values()]
-    assert len(texts) > 25 and len(written) >= 5 and "Traceback" in texts[-1]
+    assert len(texts) > 25 and "Traceback" in texts[-1]
+    assert {"README.md", "report.html", "bshub-report.json", "metrics.json"} <= contents(out).keys()
+    assert {"README.md", "report.html"} <= bench.hub.files("me/cleaned").keys()
+    assert any("huggingface_hub" in record or "http" in record for record in records)  # there was something to leak
     for text in (*texts, *records, *written, *published):
         assert TOKEN not in text
     return good
@@ -197,13 +238,27 @@ CASES = [
     Case(58, "403", fetching(LOOK_UP, 403), FETCH, "may not read them/net (403)", 2),
     Case(58, "404", fetching(LOOK_UP, 404, code="RepoNotFound"), FETCH, f"{NOT_THERE} (404)", 2),
     Case(58, "gated", fetching(LOOK_UP, 403, code="GatedRepo"), FETCH, "them/net is gated", 2),
-    Case(58, "gated data set", lambda b: dataset(b, 403, "GatedRepo"), ImageDataError, "datasets/me/set is gated", 2),
+    Case(58, "data set, 401", dataset(401), ImageDataError, f"{NOT_THERE} (401)", 2),
+    Case(58, "data set, 403", dataset(403), ImageDataError, "may not read datasets/me/set (403)", 2),
+    Case(58, "data set, 404", dataset(404), ImageDataError, f"{NOT_THERE} (404)", 2),
+    Case(58, "gated data set", dataset(403, code="GatedRepo"), ImageDataError, "datasets/me/set is gated", 2),
+    Case(58, "publishing, 401", publishing(COMMIT, 401), PUSH, "does not know who publishes to me/cleaned (401)", 2),
     Case(58, "publishing without rights", publishing(COMMIT, 403), PUSH, "may not write to me/cleaned", 2),
+    Case(58, "publishing, 404", publishing(COMMIT, 404), PUSH, "me/cleaned has no revision main", 2),
     Case(59, "429 once", passing(LOOK_UP, 429), says="accuracy %"),
     Case(59, "429 for long", fetching(LOOK_UP, 429, headers={"Retry-After": "600"}), FETCH, "asks to wait 600 s", 2),
     Case(59, "500 twice", passing(LOOK_UP, 500, 2), says="accuracy %"),
     Case(59, "500 for good", fetching(LOOK_UP, 500), FETCH, "the Hub failed (500)", 2),
     Case(59, "timeout", silent, FETCH, "no answer from 127.0.0.1", 2),
+    Case(59, "data set, 429 for long", dataset(429, headers={"Retry-After": "600"}), ImageDataError,
+         "asks to wait 600 s", 2),
+    Case(59, "data set, 500 for good", dataset(500), ImageDataError, "the Hub failed (500)", 2),
+    Case(59, "data set, timeout", silent_dataset, ImageDataError, "no answer from 127.0.0.1", 2),
+    Case(59, "data set, a download that is cut", cut_dataset, says='"n": 3'),
+    Case(59, "publishing, 429 for long", publishing(COMMIT, 429, headers={"Retry-After": "600"}), PUSH,
+         "asks to wait 600 s", 2),
+    Case(59, "publishing, 500 for good", publishing(COMMIT, 500), PUSH, "the Hub failed (500)", 2),
+    Case(59, "a slow Hub", passing("/them/net/resolve/", 200, 9, delay=0.2), says="accuracy %"),
     Case(59, "a download that is cut", passing("GET /them/net/resolve/", 200, cut=True), says="accuracy %"),
     Case(60, "competing push", competing_push, PUSH, "somebody pushed to me/cleaned in the meantime", 2),
     Case(60, "412", publishing(COMMIT, 412), PUSH, "nothing was overwritten (412)", 2),
@@ -213,14 +268,10 @@ CASES = [
          silent=True),
     Case(62, r"repository a\..\x", lambda b: b.call(publish, artifact(b), "a\\..\\x"), PUSH,
          "is not a model on the Hub", 2, silent=True),
-    Case(62, r"data set a\..\x", lambda b: b.sanitize(clean="hf://datasets/a/..\\x"), ImageDataError, "", 2,
+    Case(62, r"data set a\..\x", lambda b: b.sanitize(clean="hf://datasets/a/..\\x"), ImageDataError,
+         "is not a data set on the Hub", 2,
          silent=True),
     Case(63, "hostile labels and names", hostile_labels, silent=True),
     Case(64, "token in the environment", canary, says="published: "),
     Case(65, "the same run twice", same_again, says="published: "),
 ]  # fmt: skip
-
-
-def dataset(bench: Bench, status: int, code: str) -> Outcome:
-    bench.hub.fail("GET /api/datasets/me/set", status, 9, code=code)
-    return bench.sanitize(clean="hf://datasets/me/set")

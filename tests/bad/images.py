@@ -91,7 +91,9 @@ def eps(bench: Bench) -> Outcome:
 def listed(bench: Bench) -> Outcome:
     (bench.clean / "cat" / "empty.jpg").write_bytes(b"")
     outcome = bench.command("evaluate", bench.model, "--test-dir", bench.clean, "--json")
-    assert list(json.loads(outcome.text)["images"]["unreadable"]) == ["empty.jpg"]
+    report = json.loads(outcome.text)
+    assert list(report["images"]["unreadable"]) == ["empty.jpg"]
+    assert report["evaluation"]["accuracy"]["n"] == 9
     return outcome
 
 
@@ -99,8 +101,8 @@ def grey(value: int) -> bytes:
     return encoded(Image.fromarray(np.full((4, 4), value, np.uint16)), "PNG")
 
 
-def float_tiff() -> bytes:
-    return encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF")
+def float_tiff(value: float = 0.5) -> bytes:
+    return encoded(Image.fromarray(np.full((4, 4), value, np.float32)), "TIFF")
 
 
 def animated(kind: str) -> bytes:
@@ -123,17 +125,19 @@ REFUSED = ImageDataError
 CASES = [
     Case(26, "16-bit grey", becomes(lambda: grey(127 * 257), [127] * 3, "16-bit grey"), says="accuracy", silent=True),
     Case(27, "float TIFF", refused(float_tiff), REFUSED, "floating-point pixels", 2, silent=True),
+    Case(27, "float TIFF of zeros", refused(lambda: float_tiff(0)), REFUSED, "floating-point pixels", 2, silent=True),
     Case(28, "CMYK", becomes(cmyk, [255, 0, 0], "CMYK"), says="accuracy"),
     Case(29, "RGBA", becomes(clear, [255] * 3, "transparency"), says="accuracy", silent=True),
     Case(30, "palette transparency", becomes(palette, [255] * 3, "transparency"), says="accuracy"),
     Case(31, "animated PNG", refused(lambda: animated("PNG")), REFUSED, "is animated", 2, silent=True),
     Case(31, "animated WebP", refused(lambda: animated("WEBP")), REFUSED, "is animated", 2, silent=True),
-    Case(32, "truncated JPEG", refused(truncated_jpeg), REFUSED, "2 images under", 2),
+    Case(32, "truncated JPEG", refused(truncated_jpeg), REFUSED, "image file is truncated", 2),
     Case(33, "144 megapixels", refused(lambda: png_header(12_000, 12_000)), REFUSED, "more than 100 megapixels", 2),
     Case(33, "400 megapixels", refused(lambda: png_header(20_000, 20_000)), REFUSED, "more than 100 megapixels", 2),
     Case(33, "a thread of pixels", refused(lambda: png_header(1, 60_000)), REFUSED, "100 times the other", 2),
-    Case(34, "EPS", eps, REFUSED, "2 images under", 2),
+    Case(34, "EPS", eps, REFUSED, "cannot identify image file", 2),
     Case(35, "EXIF orientation", becomes(oriented, [200, 0, 0], "EXIF orientation"), says="accuracy"),
-    Case(36, "HTML called .jpg", refused(html), REFUSED, "2 images under", 2),
+    Case(36, "HTML called .jpg", refused(html), REFUSED, "cannot identify image file", 2),
+    Case(36, "zero bytes, three of twelve", refused(lambda: b""), REFUSED, "2 images under", 2),
     Case(36, "zero bytes, one of ten", listed, says="empty.jpg"),
 ]
