@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_changed_seeds_keep_the_promise(
 def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     child = subprocess.run(
-        [sys.executable, "-m", "fuzz", "2", "text"],
+        [sys.executable, "-m", "fuzz", "8"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -67,5 +68,7 @@ def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
         timeout=600,
     )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
-    assert "nothing found" in child.stdout
+    counts = re.findall(r"(\w+) ([\d,]+) executions", child.stdout)
+    assert "nothing found" in child.stdout and [name for name, _ in counts] == list(NAMES)
+    assert all(int(count.replace(",", "")) > 100 for _, count in counts)
     assert list(tmp_path.iterdir()) == []

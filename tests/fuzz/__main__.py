@@ -12,12 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-NAMES = ("checkpoint", "image", "text")
+NAMES = ("checkpoint", "pickle", "image", "text")
 MEMORY = 8 << 30  # a hostile size must end as an error, not in the system's memory
 PARSERS = [
     "bshub.intake",
     "bshub.settings",
     "bshub.evaluation.attacks.trigger",
+    "torch._weights_only_unpickler",
+    "torch.serialization",
     "PIL",
     "json",
     "csv",
@@ -30,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Run every target for its share of the time."""
     names = arguments[1:] or list(NAMES)
     share = max(1, int(float(arguments[0]) / len(names)))
-    findings = Path("fuzz-findings").absolute()
+    findings, executions = Path("fuzz-findings").absolute(), dict[str, int]()
     for name in names:
         findings.mkdir(exist_ok=True)
         command = [
@@ -38,14 +40,27 @@ def main(arguments: list[str]) -> int:
             "-report_slow_units=300", "-rss_limit_mb=16384", "-max_len=8192", "-print_final_stats=1",
             f"-artifact_prefix={findings}{os.sep}{name}-",
         ]  # fmt: skip
-        status = subprocess.run(command, check=False).returncode
+        status, executions[name] = run(command)
         if status:
             print(f"fuzz: {name} broke the promise; the input is under {findings}", file=sys.stderr)
             return status
     if not any(findings.iterdir()):
         findings.rmdir()
-    print(f"fuzz: nothing found in {share} s each: {', '.join(names)}")
+    done = ", ".join(f"{name} {count:,} executions" for name, count in executions.items())
+    print(f"fuzz: nothing found in {share} s each: {done}")
     return 0
+
+
+def run(command: list[str]) -> tuple[int, int]:
+    """Run a target, passing on what it prints; gives its exit status and how often the target was executed."""
+    count = 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            sys.stderr.write(line)
+            if line.startswith("stat::number_of_executed_units:"):
+                count = int(line.split()[-1])
+    return child.returncode, count
 
 
 def one(name: str, options: list[str]) -> None:

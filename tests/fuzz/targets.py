@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import nn
 
 from bshub.errors import BshubError
 from bshub.evaluation.attacks.trigger import load_trigger
@@ -44,6 +45,19 @@ def check_checkpoint(data: bytes, folder: Path) -> None:
         assert isinstance(name, str)
         assert tensor.is_contiguous()
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def check_pickle(data: bytes, folder: Path) -> None:
+    """A pickle inside a sound archive, which chance would not keep sound: checksums lie before it."""
+    check_checkpoint(archived(data), folder)
+
+
+def archived(data: bytes) -> bytes:
+    """The archive of ``torch.save`` around a pickle, with sixteen bytes of storage."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, content in (("data.pkl", data), ("byteorder", b"little"), ("data/0", bytes(16)), ("version", b"3\n")):
+            archive.writestr(f"m/{name}", content)
+    return buffer.getvalue()
 
 
 def check_image(data: bytes, folder: Path) -> None:
@@ -102,6 +116,7 @@ TEXTS: dict[str, Callable[[bytes, Path], Any]] = {
 }
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "checkpoint": check_checkpoint,
+    "pickle": check_pickle,
     "image": check_image,
     "text": check_text,
 }
@@ -124,7 +139,7 @@ def _weights(folder: Path) -> Path:
 
 def seeds(name: str) -> list[bytes]:
     """Sound inputs of a target, to start from."""
-    return {"checkpoint": _checkpoints, "image": _images, "text": _texts}[name]()
+    return {"checkpoint": _checkpoints, "pickle": _pickles, "image": _images, "text": _texts}[name]()
 
 
 def _checkpoints() -> list[bytes]:
@@ -138,6 +153,21 @@ def _checkpoints() -> list[bytes]:
         archive.writestr("m/data.pkl", b"\x80\x02}q\x00.")
         archive.writestr("m/version", b"3\n")
     return [*found, buffer.getvalue(), struct.pack("<Q", 2) + b"{}"]
+
+
+def _pickles() -> list[bytes]:
+    state = {"a.weight": torch.ones(2, 2), "running_var": torch.ones(2)}
+    values = [
+        state, {"state_dict": state, "epoch": 1}, {"w": torch.ones(1).expand(9)}, {"w": nn.Parameter(torch.ones(3))},
+        {"w": torch.ones(3).to(torch.bfloat16)}, {"w": torch.ones(2, dtype=torch.int64)}, {"w": torch.ones(2).bool()},
+        {"w": torch.eye(2).to_sparse()}, {"w": torch.ones(2, device="meta")}, [state], {1: 2, "s": {3}, "n": None},
+    ]  # fmt: skip
+    found = []
+    for value in values:
+        torch.save(value, buffer := io.BytesIO())
+        with zipfile.ZipFile(buffer) as archive:
+            found.append(next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")))
+    return [*found, b"\x80\x02cbuiltins\nlen\n(VX\ntR."]
 
 
 def _images() -> list[bytes]:
