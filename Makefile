@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz results coverage coverage-speed round-trip lock clean
+.PHONY: help setup demo test lint fuzz lines results coverage coverage-speed round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -47,6 +47,13 @@ lint: setup ## ruff, mypy and the import contracts
 
 fuzz: setup ## ten minutes of atheris on the three intakes; what it finds lies in tests/fuzz-findings
 	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m fuzz 600
+
+INTAKE_TESTS = $(addprefix tests/test_,$(addsuffix .py,checkpoint quarantine confine doors fitting folders \
+    imagefolder images labels files hub reference recipe surgery hostile))
+
+lines: setup ## the share of the lines of bshub/intake and bshub/files.py that their tests reach; fails under 95 %
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --cov=bshub.intake --cov=bshub.files --cov-fail-under=95 \
+	    --cov-report=term-missing:skip-covered $(INTAKE_TESTS)
 
 results: setup ## rewrite docs/results.md from the models of the shared folder
 	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md

@@ -18,8 +18,6 @@ PARSERS = [
     "bshub.intake",
     "bshub.settings",
     "bshub.evaluation.attacks.trigger",
-    "torch._weights_only_unpickler",
-    "torch.serialization",
     "PIL",
     "json",
     "csv",
@@ -73,6 +71,12 @@ def one(name: str, options: list[str]) -> None:
         from bshub.intake import quarantine
         from fuzz.targets import TARGETS, seeds
 
+    # by hand: named above, all of torch would be instrumented
+    from torch import _utils, serialization
+    from torch import _weights_only_unpickler as unpickler
+
+    for function in (unpickler.Unpickler.load, _utils._rebuild_tensor, serialization._load):
+        atheris.instrument_func(function)
     for wall in ("limit_process", "forbid_natively", "forbid_python"):  # they hold for good
         setattr(quarantine, wall, lambda *arguments: None)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
