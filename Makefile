@@ -48,8 +48,8 @@ lint: setup ## ruff, mypy and the import contracts
 fuzz: setup ## ten minutes of atheris on the three intakes; what it finds lies in tests/fuzz-findings
 	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m fuzz 600
 
-INTAKE_TESTS = $(addprefix tests/test_,$(addsuffix .py,checkpoint quarantine confine doors fitting folders \
-    imagefolder images labels files hub reference recipe surgery hostile))
+INTAKE_TESTS = $(addprefix tests/test_,$(addsuffix .py,checkpoint quarantine confine fitting folders imagefolder \
+    images labels files hub reference models recipe refill surgery))
 
 lines: setup ## the share of the lines of bshub/intake and bshub/files.py that their tests reach; fails under 95 %
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --cov=bshub.intake --cov=bshub.files --cov-fail-under=95 \

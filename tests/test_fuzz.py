@@ -65,10 +65,10 @@ def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     counts = re.findall(r"(\w+) ([\d,]+) executions", child.stdout)
     assert "nothing found" in child.stdout and [name for name, _ in counts] == list(NAMES)
-    assert all(int(count.replace(",", "")) > 100 for _, count in counts)
+    assert all(int(count.replace(",", "")) > 20 for _, count in counts)
     assert list(tmp_path.iterdir()) == []

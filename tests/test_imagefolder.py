@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections import Counter
@@ -280,6 +281,14 @@ def test_the_report_says_that_labels_are_the_models_own(tmp_path: Path) -> None:
     assert report["model"]["labels"].startswith("the model's own answers, where it is at least 90 % sure: ")
     assert any("agreement with the model's own answers" in warning for warning in report["diagnosis"]["warnings"])
     assert 4 <= report["images"]["n"] < 34
+    out = tmp_path / "out"
+    options = ["--no-onnx", "--no-thumbnails", "--finetune-epochs", 0, "--json", "-o", out]
+    result = bshub_command("sanitize", *arguments[1:], "--unlabelled", *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["model"]["labels"] == report["model"]["labels"]
+    for name in ("README.md", "report.html", "bshub-report.json"):
+        text = html.unescape((out / name).read_text(encoding="utf-8"))
+        assert "the clean images have no labels: accuracy on them is agreement" in text, name
 
 
 # --- data sets of the Hub
