@@ -155,6 +155,7 @@ def _note(book: _Book, entry: Entry, row: dict[str, Any], attempts: int, advance
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported anywhere
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine is no broken one
     try:
         import ray
     except ImportError:
@@ -171,7 +172,7 @@ def _connect(ray: Any, cluster: Cluster, job: Job) -> int:
             ray.init(num_cpus=count, include_dashboard=False, **quiet)
         else:
             ray.init(address=cluster.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a boundary: Ray raises plain Exceptions too
         raise UsageError(
             f"Ray does not start or answer: {printable(str(error).strip().partition(chr(10))[0])}",
             hint="without --address it starts on this machine",
