@@ -21,7 +21,8 @@ def test_a_published_model_answers_the_same_by_every_route(tmp_path: Path, child
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stderr.splitlines()[-1])
-    assert row["parameters"]["after"] < row["parameters"]["before"] and row["removed"] > 0
+    assert row["parameters"]["after"] < row["parameters"]["before"]
+    assert row["removed"] >= 0.1 * row["filters"]
     assert set(row["errors"]) == {"bshub", "snippet", "dense", "onnxruntime"}
     assert max(row["errors"].values()) < 1e-5
     assert "\n| timm/test_efficientnet | " in out.read_text(encoding="utf-8")

@@ -4,57 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-_LOADERS = {
+LINES = 15
+_BUILD = {
     "timm": """\
-import json, timm, torch
-from safetensors.torch import load_file
+import json, safetensors.torch, timm, torch
 
-cfg, state = json.load(open("config.json")), load_file("model.safetensors")
-model = timm.create_model(cfg["architecture"], num_classes=cfg["num_classes"], **cfg.get("model_args", {}))
+cfg, state = json.load(open("config.json")), safetensors.torch.load_file("model.safetensors")
+model = timm.create_model(cfg["architecture"], num_classes=cfg["num_classes"], **cfg.get("model_args", {})).eval()
 """,
     "torchvision": """\
-import json, torch, torchvision
-from safetensors.torch import load_file
+import json, safetensors.torch, torch, torchvision.models as zoo
 
-cfg, state = json.load(open("config.json")), load_file("model.safetensors")
+cfg, state = json.load(open("config.json")), safetensors.torch.load_file("model.safetensors")
 name = cfg["architecture"].removeprefix("torchvision/")
-model = torchvision.models.get_model(name, num_classes=cfg["num_classes"], **cfg.get("model_args", {}))
+model = zoo.get_model(name, num_classes=cfg["num_classes"], **cfg.get("model_args", {})).eval()
 """,
 }
 _CIFAR_STEM = """\
-first = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
-old = model.get_submodule(first)
-model.set_submodule(first, torch.nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=old.bias is not None))
-pool = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.MaxPool2d))
-model.set_submodule(pool, torch.nn.Identity())
-"""
-_BUFFERS = """\
-for name, axes in cfg["bshub"]["kept"].items():
-    if name not in state:  # a buffer that the constructor made at its full width
-        owner, _, leaf = name.rpartition(".")
-        for axis, r in axes.items():
-            index = [i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)]
-            buffers = model.get_submodule(owner)._buffers
-            buffers[leaf] = buffers[leaf].index_select(int(axis), torch.tensor(index))
-"""
-_REFILL = """\
-def refill(module, axis, width, *r):  # zeros at the places of channels that left, while the module slides along them
-    kept = torch.tensor([i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)])
-    wide = lambda x: x.new_zeros(*x.shape[:axis], width, *x.shape[axis + 1 :]).index_copy(axis, kept, x)
-    module.register_forward_pre_hook(lambda m, args: (wide(args[0]),))
-    module.register_forward_hook(lambda m, args, y: y.index_select(axis, kept))
-for name, places in cfg["bshub"]["refilled"].items():
-    refill(model.get_submodule(name), *places)
+for kind, side in ((torch.nn.Conv2d, 3), (torch.nn.MaxPool2d, 1)):  # the stem for small images
+    for module in [module for module in model.modules() if isinstance(module, kind)][:1]:
+        vars(module).update(kernel_size=(side, side), stride=(1, 1), padding=(side // 2, side // 2))
 """
 _NARROW = """\
 for name, attributes in cfg["bshub"]["attributes"].items():
     vars(model.get_submodule(name)).update(attributes)
-for name, tensor in state.items():
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    store = module._parameters if leaf in module._parameters else module._buffers
-    store[leaf] = torch.nn.Parameter(tensor) if store is module._parameters else tensor
-model.eval()"""
+"""
+_KEPT = """\
+kept = lambda r: torch.tensor([i for a, b in zip(r[::2], r[1::2]) for i in range(a, b + 1)])
+"""
+_REFILL = """\
+for name, (a, n, *r) in cfg["bshub"]["refilled"].items():  # zeros where channels left, for what slides along them
+    put = lambda m, x, a=a, n=n, k=kept(r): x[0].new_zeros(*x[0].shape[:a], n, *x[0].shape[a+1:]).index_copy(a, k, x[0])
+    model.get_submodule(name).register_forward_pre_hook(put)
+    model.get_submodule(name).register_forward_hook(lambda m, x, y, a=a, k=kept(r): y.index_select(a, k))
+"""
+_FILL = """\
+for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+"""
+_BUFFERS = """\
+    for axis, r in cfg["bshub"]["kept"].get(name, {}).items():  # what no checkpoint holds has its full width yet
+        tensor.data = tensor.index_select(int(axis), kept(r))
+"""
+_TAKE = """\
+    tensor.data = state.get(name, tensor.data)"""
 
 
 def loader_text(library: str, stem: str | None, buffers: bool = False, refilled: bool = False) -> str:
@@ -65,9 +57,16 @@ def loader_text(library: str, stem: str | None, buffers: bool = False, refilled:
         stem: ``cifar`` where the stem was replaced.
         buffers: Whether buffers that no checkpoint holds were narrowed.
         refilled: Whether modules slide along their channels.
+
+    Returns:
+        The program: at most 15 lines for every network that the library builds.
     """
-    extras = (_CIFAR_STEM if stem else "") + (_BUFFERS if buffers else "") + (_REFILL if refilled else "")
-    return _LOADERS[library] + extras + _NARROW
+    parts = {
+        _CIFAR_STEM: bool(stem), _NARROW: True, _KEPT: buffers or refilled, _REFILL: refilled,
+        _FILL: True, _BUFFERS: buffers, _TAKE: True,
+    }  # fmt: skip
+    text = _BUILD[library] + "".join(part for part, needed in parts.items() if needed)
+    return text if text.count("\n") < LINES else text.replace("\n\n", "\n")
 
 
 _ONNX = """\
