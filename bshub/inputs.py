@@ -122,6 +122,7 @@ def model_facts(inputs: Inputs, source: LoadedModel, folder: ClassFolder | None)
             "num_classes": source.origin.num_classes,
             "preprocessing": {**source.preprocessing.config, "source": source.preprocessing.source},
             "labels": folder.matched if folder else None,
+            "unlabelled": inputs.unlabelled,
             "licence": source.origin.licence,
             "weights_sha256": source.origin.weights_sha256,
         },

@@ -183,6 +183,8 @@ def _command(inputs: Inputs, settings: dict[str, Any], wishes: Wishes) -> str:
     images = str(inputs.clean_dir) if is_dataset(inputs.clean_dir) else "CLEAN_IMAGES"
     parts = ["bshub", "sanitize", shown_reference(inputs.model), "--clean-dir", images]
     parts += ["--unlabelled"] if inputs.unlabelled else []
+    parts += ["--test-dir", "HELD_OUT_IMAGES"] if inputs.test_dir else []
+    parts += ["--trigger", "TRIGGER"] if inputs.trigger else []
     parts += ["--classes", "CLASS_NAMES"] if inputs.classes else []
     parts += ["--arch", inputs.arch] if inputs.arch else []
     parts += ["--num-classes", str(inputs.num_classes)] if inputs.num_classes else []

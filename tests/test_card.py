@@ -6,16 +6,17 @@ import copy
 import json
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bare_environment import TORCH_AND_TIMM, bare_python, bare_variables
 from card_rules import faults
-from conftest import DEMO, Artifact
+from conftest import DEMO, Artifact, bshub_command
 from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub, point_client_at
 
 import bshub
 from bshub.intake.models import LoadedModel
@@ -55,7 +56,8 @@ def test_front_matter_is_read_by_the_hubs_own_parser(text: str, artifact: Artifa
 
 
 def test_every_rate_stands_in_the_model_index_with_n_and_interval(text: str, artifact: Artifact) -> None:
-    found = {result.metric_name: result for result in ModelCard(text).data.eval_results}
+    results = ModelCard(text).data.eval_results
+    found = {result.metric_name: result for result in results if result.dataset_split == "held-out"}
     names = {"accuracy": "accuracy", "asr": "attack success rate", "ra": "robust accuracy"}
     for when in ("before", "after"):
         for key, name in names.items():
@@ -63,7 +65,47 @@ def test_every_rate_stands_in_the_model_index_with_n_and_interval(text: str, art
             assert result.metric_value == pytest.approx(rate["percent"] / 100)
             assert result.metric_args["n"] == rate["n"]
             assert result.metric_args["interval"] == pytest.approx([rate["low"] / 100, rate["high"] / 100])
+    sizes = {"parameters": "parameters", "macs": "multiply-accumulates for one image"}
+    for when in ("before", "after"):
+        for key, name in sizes.items():
+            assert found.pop(f"{name} {when}").metric_value == artifact.report[key][when]
     assert found == {}
+
+
+def test_rates_on_the_images_that_sanitizing_used_are_told_apart(text: str, artifact: Artifact) -> None:
+    clean = [result for result in ModelCard(text).data.eval_results if result.dataset_split == "clean"]
+    rates = artifact.report["clean_images"]
+    assert {result.metric_name.split()[1]: result.metric_value for result in clean} == {
+        when: pytest.approx(rates[f"accuracy_{when}"]["percent"] / 100) for when in ("before", "after")
+    }
+    assert {result.metric_args["n"] for result in clean} == {rates["n"]}
+    assert {result.dataset_name for result in clean} == {"the clean images that sanitizing used"}
+
+
+def test_agreement_with_the_models_own_answers_is_not_called_accuracy(source: LoadedModel, artifact: Artifact) -> None:
+    report = copy.deepcopy({key: value for key, value in artifact.report.items() if key != "evaluation"})
+    report["model"]["unlabelled"] = True
+    results = ModelCard(render(source, report)).data.eval_results
+    assert {result.metric_type for result in results} == {"parameters", "macs"}
+
+
+@pytest.mark.parametrize("which", ["whole", "without test images", "dense copy"])
+def test_the_hubs_validation_accepts_the_card(
+    which: str, source: LoadedModel, artifact: Artifact, complete: Artifact, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """By the client's own call, which sends the card to the Hub's endpoint for it."""
+    without = {key: value for key, value in artifact.report.items() if key != "evaluation"}
+    text = {
+        "whole": (complete.folder / "README.md").read_text(encoding="utf-8"),
+        "without test images": render(source, without),
+        "dense copy": (complete.folder / "dense" / "README.md").read_text(encoding="utf-8"),
+    }[which]
+    with LoopbackHub() as hub:
+        point_client_at(hub.url, monkeypatch, tmp_path)
+        ModelCard(text).validate()
+        with pytest.raises(ValueError, match="license"):
+            ModelCard(text.replace("license: apache-2.0", "license: mine")).validate()
+        assert hub.requests == ["POST /api/validate-yaml"] * 2
 
 
 @pytest.mark.parametrize(
@@ -119,8 +161,8 @@ def test_the_rates_of_the_report_stand_in_the_table(text: str, artifact: Artifac
 
 
 LOADER = """
-import sys
-sys.modules["bshub"] = None  # torch and timm alone
+import importlib.util, sys
+assert not any(importlib.util.find_spec(name) for name in ("bshub", "onnx", "onnxruntime", "typer"))
 import torch
 source = open(sys.argv[1], encoding="utf-8").read()
 space = {}
@@ -133,13 +175,13 @@ with torch.no_grad():
 """
 
 
-def test_the_printed_loader_gives_the_same_logits_bit_for_bit(
-    text: str, artifact: Artifact, tmp_path: Path, child_environment: dict[str, str]
-) -> None:
+def test_the_printed_loader_gives_the_same_logits_bit_for_bit(text: str, artifact: Artifact, tmp_path: Path) -> None:
+    """In an environment of its own, which holds torch, timm and what they need."""
+    python = bare_python(tmp_path / "bare", TORCH_AND_TIMM)
     (tmp_path / "loader.py").write_text(code(text), encoding="utf-8")
     child = subprocess.run(
-        [sys.executable, "-c", LOADER, tmp_path / "loader.py", tmp_path / "logits.pt"],
-        cwd=artifact.folder, env=child_environment, capture_output=True, text=True, timeout=300,
+        [python, "-c", LOADER, tmp_path / "loader.py", tmp_path / "logits.pt"],
+        cwd=artifact.folder, env=bare_variables({"OMP_NUM_THREADS": "1"}), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     model = bshub.load(str(artifact.folder)).module
@@ -179,7 +221,6 @@ def test_the_loader_of_a_cifar_stem_builds_the_same_network(
 ) -> None:
     """A file of weights with ``stem=cifar``, sanitized, loaded by the card's own lines."""
     import timm
-    from conftest import bshub_command
     from nets import randomize_batch_norm
     from safetensors.torch import save_file
 
@@ -200,6 +241,31 @@ def test_the_loader_of_a_cifar_stem_builds_the_same_network(
     space: dict[str, Any] = {}
     exec(code((tmp_path / "out" / "README.md").read_text(encoding="utf-8")), space)
     x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(space["model"](x), bshub.load(".").module(x))
+
+
+def test_the_loader_narrows_what_no_checkpoint_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of a blur pool is a buffer that the constructor makes at its full width."""
+    import timm
+    from nets import randomize_batch_norm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    arch = "timm/resnetblur18?num_classes=10&channels=8,8,16,16&input_size=64"
+    model = timm.create_model("resnetblur18", num_classes=10, channels=[8, 8, 16, 16])
+    save_file(randomize_batch_norm(model).state_dict(), tmp_path / "w.safetensors")
+    result = bshub_command(
+        "sanitize", tmp_path / "w.safetensors", "--arch", arch, "--clean-dir", DEMO / "clean", "--mu", 0.5,
+        "--no-onnx", "--no-report", "--finetune-epochs", 0, "--json", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    monkeypatch.chdir(tmp_path / "out")
+    text = code(Path("README.md").read_text(encoding="utf-8"))
+    assert "what no checkpoint holds" in text
+    space: dict[str, Any] = {}
+    exec(text, space)
+    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(space["model"](x), bshub.load(".").module(x))
 
@@ -237,6 +303,6 @@ def test_without_licence_trigger_or_test_images_nothing_is_invented(source: Load
     data = ModelCard(text).data
     assert data.license is None
     assert data.base_model is None
-    assert data.eval_results is None
+    assert {result.dataset_split for result in data.eval_results} == {"clean"}
     assert "attack success rate |" not in text
     assert "No trigger was known" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from bare_environment import ONNXRUNTIME, bare_python, bare_variables
 from conftest import DEMO, ROOT, Artifact, bshub_command
 from nets import randomize_batch_norm
 from onnx import parser
@@ -135,10 +135,9 @@ def test_the_resize_of_the_metadata_is_timms(pictures: list[Tensor]) -> None:
 
 
 ALONE = """
-import sys
-for name in ("torch", "torchvision", "timm", "bshub", "onnx", "huggingface_hub"):
-    sys.modules[name] = None
-import contextlib, io, json, os
+import contextlib, importlib.util, io, json, os, sys
+for name in ("torch", "torchvision", "timm", "bshub", "onnx", "huggingface_hub", "safetensors"):
+    assert importlib.util.find_spec(name) is None, name
 program, answers = sys.stdin.read(), []
 for image in sys.argv[1:]:
     if os.path.lexists("image.jpg"):
@@ -151,10 +150,9 @@ print(json.dumps(answers))
 """
 
 
-def test_the_file_predicts_by_itself_from_its_own_metadata(
-    complete: Artifact, tmp_path: Path, child_environment: dict[str, str]
-) -> None:
-    """The card's program, with onnxruntime, numpy and Pillow alone, answers as bshub does."""
+def test_the_file_predicts_by_itself_from_its_own_metadata(complete: Artifact, tmp_path: Path) -> None:
+    """The card's program answers as bshub does, in an environment with onnxruntime, numpy and Pillow alone."""
+    python = bare_python(tmp_path / "bare", ONNXRUNTIME)
     model = bshub.load(str(complete.folder))
     text = (complete.folder / "README.md").read_text(encoding="utf-8")
     program = onnx_text(model.preprocessing.config)
@@ -165,8 +163,9 @@ def test_the_file_predicts_by_itself_from_its_own_metadata(
     Image.open(images[0]).resize((150, 90)).save(wide)
     (tmp_path / "model.onnx").write_bytes((complete.folder / "model.onnx").read_bytes())
     child = subprocess.run(
-        [sys.executable, "-c", ALONE, *images, wide],
-        cwd=tmp_path, env=child_environment, input=program, capture_output=True, text=True, timeout=300,
+        [python, "-c", ALONE, *images, wide],
+        cwd=tmp_path, env=bare_variables({"OMP_NUM_THREADS": "1"}), input=program, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert model.labels is not None

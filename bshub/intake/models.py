@@ -17,6 +17,7 @@ from bshub.intake.build import build
 from bshub.intake.checkpoint import read_checkpoint
 from bshub.intake.header import MAX_BYTES
 from bshub.intake.hub import fetch, split_reference
+from bshub.intake.licence import licence_beside, licence_on_hub
 from bshub.intake.loading import load_into
 from bshub.intake.preprocessing import Preprocessing, make_preprocessing, override
 from bshub.intake.recipe import Recipe, apply_recipe
@@ -121,7 +122,7 @@ def _from_file(path: Path, wanted: Architecture, text: str, num_classes: int | N
 
 def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int | None) -> LoadedModel:
     """timm's layout or a bshub artifact, on disk or on the Hub."""
-    base = None
+    base, revision = None, None
     if parsed.path is not None:
         folder = parsed.path
         found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
@@ -151,6 +152,7 @@ def _from_folder(parsed: Reference, given: Architecture | None, num_classes: int
     pretrained = spec.get("pretrained_cfg") or {}
     config = override({**config, **pretrained}, wanted.preprocessing)
     licence = pretrained.get("license") if isinstance(pretrained.get("license"), str) else None
+    licence = licence or (licence_on_hub(base, revision) if base else licence_beside(weights_path))
     recipe = dataclasses.replace(recipe, stem=stem)
     source, labels = "the model's config.json", spec.get("label_names")
     return _loaded(module, wanted, parsed.text, config, source, labels, recipe, licence, base, weights_path)

@@ -102,7 +102,7 @@ def model_card(
         asr=(evaluation.get("after") or {}).get("asr"),
         licence=origin.licence,
         library=origin.architecture.library,
-        repository=extras.repository or "user/repo",
+        repository=extras.repository,
         loader=loader_text(
             origin.architecture.library,
             recipe.stem,

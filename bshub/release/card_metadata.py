@@ -26,6 +26,8 @@ _RATES = {
     "asr": ("attack_success_rate", "attack success rate"),
     "ra": ("robust_accuracy", "robust accuracy"),
 }
+_IMAGES = {"held-out": "held-out images", "clean": "the clean images that sanitizing used"}
+_SIZES = {"parameters": "parameters", "macs": "multiply-accumulates for one image"}
 
 
 def front_matter(source: LoadedModel, name: str, report: dict[str, Any], tags: Sequence[str] = ()) -> str:
@@ -34,13 +36,13 @@ def front_matter(source: LoadedModel, name: str, report: dict[str, Any], tags: S
     Args:
         source: Licence, base model and library.
         name: Of the model.
-        report: Of the run; its ``evaluation`` becomes the ``model-index``.
+        report: Of the run; its rates and sizes become the ``model-index``. Empty: there is none.
         tags: More of them.
 
     Returns:
         Text that the Hub's validation accepts.
     """
-    results = _results(report.get("evaluation") or {})
+    results = _results(report) if report else []
     extra: dict[str, Any] = {}
     licence = source.origin.licence
     if licence and licence.lower() in LICENCES:
@@ -59,23 +61,39 @@ def front_matter(source: LoadedModel, name: str, report: dict[str, Any], tags: S
     ).to_yaml()
 
 
-def _results(evaluation: dict[str, Any]) -> list[EvalResult]:
-    """One entry a rate, after and before; values and interval ends between 0 and 1, with the number of images."""
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="imagefolder",
-            dataset_name="held-out images",
-            metric_type=kind,
-            metric_name=f"{words} {when} sanitizing",
-            metric_value=round(rate["percent"] / 100, 6),
-            metric_args={
-                "n": rate["n"],
-                "interval": [round(rate["low"] / 100, 6), round(rate["high"] / 100, 6)],
-                "method": "Wilson, 95 %",
-            },
-        )
-        for when in ("after", "before")
-        for key, (kind, words) in _RATES.items()
-        if (rate := (evaluation.get(when) or {}).get(key)) is not None and rate["percent"] is not None
-    ]
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    """Rates on each set of images and sizes, after and before.
+
+    A rate is a value between 0 and 1 with the number of images and the ends of its interval.
+    """
+    evaluation, clean = report.get("evaluation") or {}, report["clean_images"]
+    own = report["model"].get("unlabelled", False)  # accuracy would be agreement with the model itself
+    found = []
+    for when in ("after", "before"):
+        rates = [("held-out", key, (evaluation.get(when) or {}).get(key)) for key in _RATES]
+        rates.append(("clean", "accuracy", None if own else clean[f"accuracy_{when}"]))
+        for images, key, rate in rates:
+            if rate is not None and rate["percent"] is not None:
+                kind, words = _RATES[key]
+                interval = [round(rate["low"] / 100, 6), round(rate["high"] / 100, 6)]
+                facts = {"n": rate["n"], "interval": interval, "method": "Wilson, 95 %"}
+                found.append(
+                    _result(images, kind, f"{words} {when} sanitizing", round(rate["percent"] / 100, 6), facts)
+                )
+    for when in ("after", "before"):
+        for key, words in _SIZES.items():
+            found.append(_result("held-out" if evaluation else "clean", key, f"{words} {when}", report[key][when]))
+    return found
+
+
+def _result(images: str, kind: str, name: str, value: float, facts: dict[str, Any] | None = None) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type="imagefolder",
+        dataset_name=_IMAGES[images],
+        dataset_split=images,  # results of one split are one entry, whatever the name
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+        metric_args=facts,
+    )
