@@ -148,7 +148,8 @@ def test_hostile_names_are_text_everywhere(curve: bool) -> None:
     report = a_report(warnings=[HOSTILE], stays={HOSTILE: HOSTILE}, model={"reference": HOSTILE}, refused=[HOSTILE])
     report["diagnosis"]["threshold"]["reason"] = HOSTILE
     elements = Elements(report_page(some_evidence(HOSTILE, curve=curve), report, names, HOSTILE))
-    plain = Elements(report_page(some_evidence(curve=curve), a_report(refused=["x"], warnings=["x"]), list("abc"), "x"))
+    harmless = a_report(refused=["x"], warnings=["x"], stays={"conv": "x"})
+    plain = Elements(report_page(some_evidence(curve=curve), harmless, list("abc"), "x"))
     assert [tag for tag, _ in elements.elements] == [tag for tag, _ in plain.elements]
     assert not any(name.startswith("on") for _, attributes in elements.elements for name in attributes)
     scores, *_, timeline = elements.charts

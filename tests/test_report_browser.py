@@ -5,12 +5,19 @@ Pictures of what was seen are left in ``out/screens``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import Browser, find_chromium
 from conftest import ROOT, Artifact
+from test_report import a_report
+
+from bshub.release.evidence import Evidence, Layer
+from bshub.release.report import report_page
+from bshub.scoring.selection import Threshold
 
 CHROMIUM = find_chromium()
 SCREENS = ROOT / "out" / "screens"
@@ -101,3 +108,50 @@ def test_text_can_be_read_by_day_and_by_night(browser: Browser, page: Path) -> N
         behind[look], *found = browser.run(contrast)
         assert min(found) >= 4.5, (look, found)
     assert behind["light"] > 0.8 and behind["dark"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of the size of DenseNet-201's: 200 layers of 32 to 960 filters, a thousand classes, eight thresholds."""
+    random, layers = np.random.default_rng(0), []
+    for number in range(200):
+        scores = random.standard_normal(int(random.integers(32, 960)))
+        fates = ["removed" if score > 2 else "kept" for score in scores]
+        statistics = {name: np.abs(scores).tolist() for name in ("spectral", "saliency", "activation", "correlation")}
+        name = f"features.denseblock{number // 50}.denselayer{number}.conv{number % 2}"
+        layers.append(Layer(name, list(range(len(scores))), scores.tolist(), fates, statistics))
+    tried = tuple((mu, int(10 ** (5.2 - mu / 2)), 0.9 - 0.1 / mu) for mu in (6.0, 5.0, 4.0, 3.0, 2.5, 2.25, 2.0, 1.0))
+    labels = random.integers(0, 1000, 2000)
+    before, after = (np.where(random.random(2000) < 0.3, labels[::-1], labels) for _ in range(2))
+    answers = [array.tolist() for array in (labels, before, after)]
+    evidence = Evidence(layers, Threshold(2.0, "the lowest", tried, 0.8), *answers, [])
+    path = tmp_path_factory.mktemp("large") / "report.html"
+    names = [f"a rather long name of class {number}" for number in range(1000)]
+    path.write_text(report_page(evidence, a_report(), names, "bshub sanitize timm/densenet201"), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("look", ["light", "phone"])
+def test_a_page_of_two_hundred_layers_and_a_thousand_classes_can_be_used(
+    browser: Browser, large: Path, look: str
+) -> None:
+    shown(browser, large, look)
+    browser.picture(SCREENS / f"large-{look}.png")
+    assert large.stat().st_size < 5e6
+    assert browser.errors == [] and browser.requests == [large.resolve().as_uri()]
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the window"
+    assert browser.run("document.documentElement.scrollHeight") < 7000, "long charts and tables scroll by themselves"
+    assert browser.run("[...document.querySelectorAll('.tall')].every(box => box.clientHeight < 800)")
+    assert browser.run("document.querySelectorAll('.chart svg .mark-symbol path').length") < 30_000
+
+
+@pytest.mark.parametrize("look", ["light", "phone"])
+def test_the_numbers_over_the_curve_do_not_meet(browser: Browser, large: Path, look: str) -> None:
+    shown(browser, large, look)
+    boxes = browser.run("""(() => {
+      const [, curve] = document.querySelectorAll('.chart');
+      return [...curve.querySelectorAll('.mark-text.role-mark text')].map(text => text.getBoundingClientRect()).map(
+        box => [box.left, box.right]);
+    })()""")
+    assert len(boxes) == 8
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(sorted(boxes))), boxes

@@ -18,7 +18,8 @@ from bshub.scoring.selection import Threshold
 
 POINTS = 3000  # drawn filters beside the flagged ones: more would make a phone crawl
 ROW = 15  # pixels a layer
-NAME = 20  # characters of a layer's name, its end, which tells it from its neighbours
+NAME, LONG_NAME = 20, 38  # characters of a layer's name, its end, which tells it from its neighbours
+WIDE = 560  # pixels of a chart that has room for long names
 MOST_CLASSES = 20  # in a matrix
 WORDS = {
     "spectral": "spectral norm",
@@ -63,13 +64,14 @@ def scores_chart(layers: Sequence[Layer], mu: float, palette: Palette) -> alt.La
     order = [layer.name for layer in layers]
     points = _points(layers)
     spread = [_spread(layer) for layer in layers if layer.scores]
-    tail = f"length(datum.value) > {NAME} ? '…' + slice(datum.value, {1 - NAME}) : datum.value"
+    most = f"(containerSize()[0] > {WIDE} ? {LONG_NAME} : {NAME})" if palette is PAGE else str(LONG_NAME)
+    tail = f"length(datum.value) > {most} ? '…' + slice(datum.value, 1 - {most}) : datum.value"
     y = alt.Y(
         "layer:N",
         sort=order,
         title=None,
         scale=alt.Scale(domain=order, paddingOuter=0.3),
-        axis=alt.Axis(labelExpr=tail, labelLimit=200),
+        axis=alt.Axis(labelExpr=tail, labelLimit=300),
     )
     title = "deviations from the layer's mean"
     x = alt.X("score:Q", title=title, axis=alt.Axis(tickCount=8, format="d"))
@@ -123,15 +125,17 @@ def curve_chart(threshold: Threshold, palette: Palette) -> alt.LayerChart:
         threshold: With a curve.
         palette: Colours.
     """
+    # The tried thresholds side by side, whatever their distance: the fine steps at the end would fall onto each other.
     rows = [
         {"mu": mu, "flagged": flagged, "accuracy": 100 * accuracy, "chosen": mu == threshold.mu}
         for mu, flagged, accuracy in threshold.curve
     ]
     x = alt.X(
-        "mu:Q",
+        "mu:O",
         title="threshold μ (further right: more is pruned)",
-        scale=alt.Scale(reverse=True, nice=False, padding=18),
-        axis=alt.Axis(tickCount=6, grid=False),
+        sort="descending",
+        scale=alt.Scale(padding=0.4),
+        axis=alt.Axis(format="~g", grid=False, labelAngle=0),
     )
     y = alt.Y(
         "accuracy:Q",
@@ -140,7 +144,7 @@ def curve_chart(threshold: Threshold, palette: Palette) -> alt.LayerChart:
         axis=alt.Axis(tickCount=5, grid=True),
     )
     tooltip = [
-        alt.Tooltip("mu:Q", title="μ"),
+        alt.Tooltip("mu:Q", title="μ", format="~g"),
         alt.Tooltip("flagged:Q", title="filters flagged"),
         alt.Tooltip("accuracy:Q", title="right on clean images, %", format=".1f"),
     ]
@@ -150,7 +154,9 @@ def curve_chart(threshold: Threshold, palette: Palette) -> alt.LayerChart:
         base.mark_line(color=palette.accent, strokeWidth=2),
         base.mark_circle(color=palette.accent, size=70, opacity=1),
         base.transform_filter(chosen).mark_point(color=palette.removed, size=260, strokeWidth=2.5, opacity=1),
-        base.mark_text(color=palette.soft, baseline="bottom", dy=-6).encode(text="flagged:Q", y=alt.value(0)),
+        base.mark_text(color=palette.soft, baseline="bottom", dy=-6).encode(
+            text=alt.Text("flagged:Q", format=".3~s"), y=alt.value(0)
+        ),
     ]
     if threshold.floor is not None:
         rule = alt.Chart(alt.Data(values=[{"accuracy": 100 * threshold.floor}]))
@@ -278,6 +284,7 @@ def _dressed(chart: Any, palette: Palette) -> Any:
         "tickColor": palette.line,
         "labelFontSize": 11,
         "labelLimit": 130,
+        "labelPadding": 6,
         "titleFontSize": 12,
     }
     legend = {"labelColor": palette.ink, "labelFontSize": 12, "orient": "top", "symbolOpacity": 1, "offset": 14}

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import vl_convert
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bshub.errors import printable
 from bshub.release.card import Plot, rate_text, shown_reference
@@ -59,7 +59,7 @@ def report_page(evidence: Evidence, report: dict[str, Any], names: Sequence[str]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(big=lambda number: f"{number:,}", rate=rate_text)
+    environment.filters.update(big=lambda number: f"{number:,}", rate=rate_text, dotted=_dotted)
     confused = {*evidence.labels, *evidence.before, *evidence.after}
     return environment.get_template("report.html.jinja").render(
         title=f"{printable(shown_reference(report['model']['reference']), 120)}, sanitized",
@@ -123,6 +123,11 @@ def _charts(evidence: Evidence, report: dict[str, Any], names: Sequence[str], pa
         charts["after"] = confusion_chart(evidence.labels, evidence.after, unique, palette)
     charts["timeline"] = timeline_chart(report["seconds"], palette)
     return charts
+
+
+def _dotted(name: str) -> Markup:
+    """A qualified name that may break behind its dots."""
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
 def _unique(names: Sequence[str]) -> list[str]:
