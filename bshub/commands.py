@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from bshub.device import pick_device
 from bshub.diagnosis import Diagnosis
-from bshub.errors import UsageError, printable
+from bshub.errors import PublishError, UsageError, printable
 from bshub.evaluation.attacks.trigger import Trigger, resize_to
 from bshub.evaluation.metrics import Evaluation, der, evaluate_models
 from bshub.files import check_output, output_folder
@@ -21,6 +22,7 @@ from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
 from bshub.pipeline import sanitize, scan
 from bshub.progress import Progress, Steps
+from bshub.release.publish import check_name, publish
 from bshub.repair.finetune import find_repair
 from bshub.settings import Settings
 from bshub.writing import Wishes, write_artifact
@@ -60,6 +62,8 @@ def sanitize_to_folder(
     if inputs.clean_dir is None:
         raise UsageError("sanitize needs clean images", hint="add --clean-dir DIR")
     find_repair(settings.repair)
+    if push_to:
+        check_name(push_to)  # not after an hour of work
     if output is not None:
         check_output(output, overwrite)
     steps = Steps(progress)
@@ -87,12 +91,21 @@ def sanitize_to_folder(
             }
         write_artifact(folder, source, result, report, inputs, wishes, steps)
     if push_to:
-        from bshub.release.publish import publish
-
         with steps.step("publish"):
-            published = publish(output, push_to, private=private, create_pr=create_pr, show_images=wishes.with_pictures)
-        report["published"] = published.as_dict()
+            report["published"] = _publish(output, push_to, wishes, private, create_pr)
     return report
+
+
+def _publish(output: Path, repo_id: str, wishes: Wishes, private: bool, create_pr: bool) -> dict[str, Any]:
+    """Publish what lies in ``output``, which stays there where the Hub refuses."""
+    try:
+        shown = wishes.with_pictures
+        return publish(output, repo_id, private=private, create_pr=create_pr, show_images=shown).as_dict()
+    except PublishError as error:
+        options = ["--private"] * private + ["--create-pr"] * create_pr + ["--show-images"] * wishes.with_pictures
+        again = shlex.join(["bshub", "publish", str(output), "--repo", repo_id, *options])
+        hint = f"{error.hint}; then: {again}" if error.hint else again
+        raise PublishError(f"{error.message}; the sanitized model is whole in {output}", hint=hint) from None
 
 
 def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | None = None) -> dict[str, Any]:

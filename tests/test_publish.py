@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import bshub_command
+from conftest import DEMO, bshub_command
 from loopback_hub import LoopbackHub, point_client_at
 
 from bshub.errors import PublishError
@@ -295,3 +295,26 @@ def test_the_command_publishes_and_says_where(hub: LoopbackHub, folder: Path) ->
     assert proposed.exit_code == 0
     wrong = bshub_command("publish", folder / "nowhere", "--repo", REPO)
     assert wrong.exit_code == 2 and wrong.stderr.startswith("bshub: ") and wrong.stdout == ""
+
+
+QUICK = ("--clean-dir", DEMO / "clean", "--mu", 2.5, "--finetune-epochs", 0, "--no-onnx", "--no-report")
+
+
+def test_a_refused_push_after_a_run_keeps_the_model_and_says_how_to_go_on(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.fail(COMMIT, 403, times=1)
+    out = tmp_path / "out"
+    refused = bshub_command("sanitize", DEMO / "model", *QUICK, "-o", out, "--push-to", REPO, "--private", "-q")
+    assert refused.exit_code == 2 and "may not write" in refused.stderr
+    assert f"whole in {out}" in refused.stderr.replace("\n", "")
+    again = f"bshub publish {out} --repo {REPO} --private"
+    assert again in refused.stderr.replace("\n", "")
+    assert (out / "model.safetensors").is_file()
+    done = bshub_command(*again.split()[1:])
+    assert done.exit_code == 0, done.stderr
+    assert hub.repos[REPO].private and "model.safetensors" in hub.files(REPO)
+
+
+def test_a_bad_name_is_refused_before_the_work(hub: LoopbackHub, tmp_path: Path) -> None:
+    refused = bshub_command("sanitize", DEMO / "model", *QUICK, "-o", tmp_path / "out", "--push-to", "no name", "-q")
+    assert refused.exit_code == 2 and "is not" in refused.stderr
+    assert not (tmp_path / "out").exists() and hub.requests == []

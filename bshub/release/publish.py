@@ -116,7 +116,7 @@ class _Place:
 
     def refuse(self, fault: HubFault) -> NoReturn:
         """Raise what a fault means for somebody who wants to publish."""
-        repo, again = self.repo_id, "run the same command again; what was uploaded is not sent twice"
+        repo, again = self.repo_id, "try again; what was uploaded is not sent twice"
         means = {
             400: (f"the Hub refused the card or a file (400: {fault.text})", "look at README.md's first lines"),
             401: (f"the Hub does not know who publishes to {repo} (401)", "run `hf auth login`; the token must write"),
