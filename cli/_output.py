@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ class Bars:
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
+        hide_hub_bars()  # two kinds of bars would write over each other
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -48,6 +50,11 @@ class Bars:
             task = progress.add_task(name, total=total or 1)
             yield (lambda amount: progress.advance(task, amount)) if total else (lambda amount: None)
             progress.update(task, completed=total or 1)
+
+
+def hide_hub_bars() -> None:
+    """Keep the Hub's client from drawing bars; it reads this when it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def print_json(report: dict[str, Any]) -> None:
@@ -109,6 +116,8 @@ def big(number: int) -> str:
     return f"{number:,}"
 
 
-def mega(size: int) -> str:
-    """Bytes as ``6.38 MB``."""
-    return f"{size / 1e6:.2f} MB"
+def size_text(size: int) -> str:
+    """Bytes as ``6.38 MB``, ``7.2 kB`` or ``310 B``."""
+    if size >= 1e5:
+        return f"{size / 1e6:.2f} MB"
+    return f"{size / 1e3:.1f} kB" if size >= 1000 else f"{size} B"

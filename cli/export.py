@@ -9,7 +9,7 @@ import typer
 
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, mega, print_json, print_table, say, seconds_text
+from bshub_cli._output import Bars, print_json, print_table, say, seconds_text, size_text
 
 
 def export(
@@ -55,8 +55,12 @@ def _show(report: dict[str, Any]) -> None:
     from bshub.release.card import rate_text
 
     parity, images = report["parity"], report["images"]
+    kind = "images of noise" if images["kind"] == "noise" else images["kind"]
     rows = [
-        ["compared with torch on", f"{images['n']} {images['kind']}"],
+        [
+            "compared with torch on",
+            f"{images['n']} {kind}",
+        ],
         ["largest difference", f"{parity['error']:.1e} of the largest logit"],
         ["opset", str(parity["opset"])],
     ]
@@ -70,4 +74,4 @@ def _show(report: dict[str, Any]) -> None:
         rows.append(["preprocessing in the graph", f"differs by {inside['error']:.1e}"])
     print_table(report["model"]["reference"], ["check", "result"], rows)
     say(seconds_text(report["seconds"]))
-    typer.echo(f"written: {report['file']['path']} ({mega(report['file']['bytes'])})")
+    typer.echo(f"written: {report['file']['path']} ({size_text(report['file']['bytes'])})")

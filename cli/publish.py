@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, mega, print_json, print_table, print_warnings, say
+from bshub_cli._output import hide_hub_bars, print_json, print_table, print_warnings, say, size_text
 
 
 def publish(
@@ -42,16 +43,17 @@ def publish(
             else:
                 _show_plan(plan)
             return
-        with Bars(quiet or as_json).step("publish", None):
-            done = hub.publish(
-                artifact,
-                repo,
-                private=private,
-                create_pr=create_pr,
-                revision=revision,
-                message=message,
-                show_images=show_images,
-            )
+        if quiet or as_json or not sys.stderr.isatty():
+            hide_hub_bars()  # else they show the upload, byte by byte
+        done = hub.publish(
+            artifact,
+            repo,
+            private=private,
+            create_pr=create_pr,
+            revision=revision,
+            message=message,
+            show_images=show_images,
+        )
         if as_json:
             print_json(done.as_dict())
             return
@@ -61,8 +63,8 @@ def publish(
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
-    rows = [[path, mega(size)] for path, size in plan["files"].items()]
-    print_table(f"would go to {plan['repository']}", ["file", "size"], [*rows, ["in all", mega(plan["bytes"])]])
+    rows = [[path, size_text(size)] for path, size in plan["files"].items()]
+    print_table(f"would go to {plan['repository']}", ["file", "size"], [*rows, ["in all", size_text(plan["bytes"])]])
     warnings = []
     if plan["clean_images_shown"]:
         warnings.append(

@@ -10,7 +10,17 @@ import typer
 from bshub.errors import printable
 from bshub_cli import _options as options
 from bshub_cli._errors import reported
-from bshub_cli._output import Bars, big, mega, print_json, print_table, print_warnings, say, say_images, seconds_text
+from bshub_cli._output import (
+    Bars,
+    big,
+    print_json,
+    print_table,
+    print_warnings,
+    say,
+    say_images,
+    seconds_text,
+    size_text,
+)
 
 
 def sanitize(
@@ -153,7 +163,7 @@ def _show(report: dict[str, Any]) -> None:
         ["  silenced in place", "", big(counts["silenced"])],
         ["parameters", big(report["parameters"]["before"]), big(report["parameters"]["after"])],
         ["MACs per image", big(report["macs"]["before"]), big(report["macs"]["after"])],
-        ["weights", mega(report["bytes"]["before"]), mega(report["bytes"]["after"])],
+        ["weights", size_text(report["bytes"]["before"]), size_text(report["bytes"]["after"])],
     ]
     evaluation = report.get("evaluation")
     for key, title in (("accuracy", "accuracy %"), ("asr", "attack success %"), ("ra", "robust accuracy %")):
@@ -169,9 +179,8 @@ def _show(report: dict[str, Any]) -> None:
         f"({report['proof']['dtype']}, {report['proof']['images']} images)"
     )
     if "onnx" in report:
-        typer.echo(
-            f"onnx: equals torch to {report['onnx']['error']:.1e} of the largest logit, {mega(report['onnx']['bytes'])}"
-        )
+        size = size_text(report["onnx"]["bytes"])
+        typer.echo(f"onnx: equals torch to {report['onnx']['error']:.1e} of the largest logit, {size}")
     if "dense" in report:
         typer.echo(f"dense: equals the small network to {report['dense']['error']:.1e} ({report['dense']['dtype']})")
     for reason in report["refused"]:

@@ -51,9 +51,13 @@ def test_a_new_user_who_types_what_the_readme_says_gets_what_it_promises(tmp_pat
     assert [kind for kind, _ in BLOCKS] == ["sh", "python", "sh"]
     with LoopbackHub() as hub:
         env = {
-            **os.environ, **environment(hub.url, tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_x",
+            **os.environ, **environment(hub.url, tmp_path / "cache"), "OMP_NUM_THREADS": "1",
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
+        assert "hf auth login" in SECTION
+        login = [Path(sys.prefix, "bin", "hf"), "auth", "login", "--token", "hf_x"]
+        env.pop("HF_TOKEN", None)
+        subprocess.run(login, cwd=tmp_path, env=env, capture_output=True, check=True, timeout=300)
         said = []
         for kind, text in BLOCKS:
             command = ["bash", "-euc", text] if kind == "sh" else [sys.executable, "-c", text + ASK]
@@ -64,6 +68,7 @@ def test_a_new_user_who_types_what_the_readme_says_gets_what_it_promises(tmp_pat
         assert {"model.safetensors", "model.onnx", "README.md", "report.html", "dense/model.safetensors"} <= set(first)
         assert b"data:image" not in first["report.html"]
         assert {"model.safetensors", "config.json", "README.md"} <= set(hub.files("user/name-dense"))
+        assert hub.authorizations >= {"Bearer hf_x"}
     assert f"published: {hub.url}/user/name\n" in said[0]
     assert "library_name: timm" in said[0]  # the card of the dry run
     assert {"small.onnx", "pictures.onnx"} <= {path.name for path in tmp_path.iterdir()}

@@ -37,10 +37,11 @@ REPAIR_WORDS = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture for the card: its path in the folder and a text for those who cannot see it."""
+    """A picture for the card: its path in the folder, a text for those who cannot see it, and how to read it."""
 
     path: str
     alt: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def model_card(
         plots=extras.plots,
         score_words=SCORE_WORDS.get(report["diagnosis"]["score"], "see bshub's documentation"),
         mu=threshold["mu"],
+        uses=["chose the threshold"] * bool(threshold.get("curve")) + ["repaired the network"] * report["repaired"],
         threshold_reason=escape(threshold["reason"]),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),

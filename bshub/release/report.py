@@ -35,6 +35,13 @@ from bshub.release.evidence import FATES, Evidence, Layer
 
 PLOTTED_LAYERS = 20  # of the picture for the card
 CONFUSED = 12  # rows of the table that replaces a large matrix
+SCORES_CAPTION = (
+    "Each point is a filter, each row a layer; right of the line a filter stands out more than the threshold allows"
+)
+CURVE_CAPTION = (
+    "Accuracy on the clean images at each threshold that was tried, before any repair. On top the number of filters "
+    "flagged; the ring marks the choice, the dashed line what pruning may cost."
+)
 _DRAW = """
 for (const data of document.querySelectorAll("script[type='application/json']"))
   vegaEmbed(data.previousElementSibling, JSON.parse(data.textContent),
@@ -90,14 +97,17 @@ def write_plots(folder: Path, evidence: Evidence, report: dict[str, Any]) -> lis
     mu = evidence.threshold.mu
     marked = sorted(evidence.layers, key=lambda layer: -max(layer.scores, default=0))[:PLOTTED_LAYERS]
     layers = [layer for layer in evidence.layers if layer in marked]
-    found = [("scores", scores_chart(layers, mu, PRINT), f"Scores of the filters of {len(layers)} layers")]
+    which = f"the {len(layers)} layers with the highest scores" if len(layers) < len(evidence.layers) else "all layers"
+    alt, caption = f"Scores of the filters of {len(layers)} layers", f"{SCORES_CAPTION}; {which}."
+    found = [("scores", scores_chart(layers, mu, PRINT), alt, caption)]
     if evidence.threshold.curve:
-        found.append(("curve", curve_chart(evidence.threshold, PRINT), "Accuracy on clean images by threshold"))
+        chart = curve_chart(evidence.threshold, PRINT)
+        found.append(("curve", chart, "Accuracy on clean images by threshold", CURVE_CAPTION))
     done = []
-    for name, chart, alt in found:
+    for name, chart, alt, caption in found:
         specification = {**chart.to_dict(validate=False), "width": 640, "background": "#ffffff", "padding": 12}
         (plots / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(specification, scale=2))
-        done.append(Plot(f"plots/{name}.png", alt))
+        done.append(Plot(f"plots/{name}.png", alt, caption))
     return done
 
 
