@@ -18,7 +18,7 @@ from bshub.scoring.selection import Threshold
 
 POINTS = 3000  # drawn filters beside the flagged ones: more would make a phone crawl
 ROW = 15  # pixels a layer
-NAME, LONG_NAME = 20, 38  # characters of a layer's name, its end, which tells it from its neighbours
+NAME, LONG_NAME = 20, 42  # characters of a layer's name, its end, which tells it from its neighbours
 WIDE = 560  # pixels of a chart that has room for long names
 MOST_CLASSES = 20  # in a matrix
 WORDS = {
@@ -287,7 +287,7 @@ def _dressed(chart: Any, palette: Palette) -> Any:
         "labelPadding": 6,
         "titleFontSize": 12,
     }
-    legend = {"labelColor": palette.ink, "labelFontSize": 12, "orient": "top", "symbolOpacity": 1, "offset": 14}
+    legend = {"labelColor": palette.ink, "labelFontSize": 12, "orient": "top", "symbolOpacity": 1, "offset": 26}
     return chart.properties(
         width="container", background="transparent", autosize={"type": "fit-x", "contains": "padding"}
     ).configure(
