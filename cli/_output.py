@@ -64,8 +64,8 @@ def print_json(report: dict[str, Any]) -> None:
     typer.echo(json_text(report), nl=False)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table of at most 80 columns on stdout."""
+def print_table(title: str, columns: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> None:
+    """A table of at most 80 columns on stdout; the columns ``words`` are set to the left, the others to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -74,7 +74,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console = Console(highlight=False)
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, width=min(console.width, 80))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index in words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

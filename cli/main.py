@@ -7,6 +7,7 @@ import typer
 from bshub import __version__
 from bshub_cli.attack import attack
 from bshub_cli.bench import bench
+from bshub_cli.doctor import doctor
 from bshub_cli.evaluate import evaluate
 from bshub_cli.export import export
 from bshub_cli.fleet import fleet
@@ -49,3 +50,4 @@ app.command()(bench)
 app.command()(fleet)
 app.command()(gate)
 app.command()(verify)
+app.command()(doctor)
