@@ -15,15 +15,17 @@ from bshub.device import pick_device
 from bshub.diagnosis import Diagnosis
 from bshub.errors import PublishError, UsageError, printable
 from bshub.evaluation.attacks.trigger import Trigger, resize_to
+from bshub.evaluation.defenses.registry import find_defense
 from bshub.evaluation.metrics import Evaluation, der, evaluate_models
 from bshub.files import check_output, output_folder
 from bshub.inputs import Inputs, image_facts, image_warnings, load_inputs, model_facts
 from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
-from bshub.pipeline import sanitize, scan
+from bshub.pipeline import OURS, sanitize, scan
 from bshub.progress import Progress, Steps
 from bshub.release.publish import check_name, publish
 from bshub.repair.finetune import find_repair
+from bshub.scoring.suspiciousness import find_score
 from bshub.settings import Settings
 from bshub.writing import Wishes, write_artifact
 
@@ -61,7 +63,7 @@ def sanitize_to_folder(
     """
     if inputs.clean_dir is None:
         raise UsageError("sanitize needs clean images", hint="add --clean-dir DIR")
-    find_repair(settings.repair)
+    _check_names(settings)
     if push_to:
         check_name(push_to)  # not after an hour of work
     if output is not None:
@@ -114,6 +116,7 @@ def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | N
     Returns:
         The report; ``suspects`` lists the flagged filters with the highest scores.
     """
+    _check_names(settings)
     steps = Steps(progress)
     source, clean, _, _ = load_inputs(inputs, settings, steps)
     batches = clean.batches(source.preprocessing, settings.batch_size) if clean else None
@@ -130,6 +133,14 @@ def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | N
         for name, index, score in diagnosis.most_suspicious(20)
     ]
     return {**_judged(inputs, source, clean, diagnosis, steps), "suspects": suspects}
+
+
+def _check_names(settings: Settings) -> None:
+    """Refuse a misspelt name before a model is loaded for nothing."""
+    find_score(settings.score)
+    find_repair(settings.repair)
+    if settings.method not in OURS:
+        find_defense(settings.method, OURS)
 
 
 def _judged(

@@ -18,7 +18,7 @@ from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, make_plan
 from bshub.scoring.selection import Threshold, choose_mu, flag, standardize
 from bshub.scoring.statistics import measure
-from bshub.scoring.suspiciousness import SCORES, find_score
+from bshub.scoring.suspiciousness import find_score
 from bshub.settings import Settings
 from bshub.surgery.remove import silence
 
@@ -112,7 +112,7 @@ def diagnose(
             f"{len(flow.unseen)} parameters ({flow.unseen[0]}, …) are read by no run that could be recorded: "
             "a branch that uses them in training may not fit the narrowed network"
         )
-    if clean is None and SCORES.get(name, SCORES["bss"]).needs_images:
+    if clean is None and find_score(name).needs_images:
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE
     score = find_score(name)

@@ -18,8 +18,10 @@ An error carries its cause as text and, where one exists, the next command to ty
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 __all__ = [
     "BshubError",
@@ -34,6 +36,7 @@ __all__ = [
     "TraceError",
     "TriggerError",
     "UsageError",
+    "choices",
     "printable",
     "redacted",
 ]
@@ -63,6 +66,21 @@ def redacted(text: str) -> str:
         if len(value) >= 8 and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
     return _TOKEN.sub("***", text)
+
+
+def choices(typed: str, known: Iterable[str]) -> str:
+    """What to say to somebody who typed a name that there is not.
+
+    Args:
+        typed: The name.
+        known: Those that there are, in the order in which they are listed.
+
+    Returns:
+        The nearest of them as a question, and all of them.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(typed.casefold(), names, n=1, cutoff=0.6)
+    return (f"did you mean {near[0]}? It is " if near else "") + f"one of {', '.join(names)}"
 
 
 class BshubError(Exception):

@@ -93,8 +93,9 @@ def sanitize(
         removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, clean.images[:PROOF_IMAGES])
     small = removal.model
     if defense:
-        with steps.step(settings.method):
-            small = defense(original, clean, DefenseSettings(settings.seed, effort=settings.effort)).eval()
+        with steps.step(settings.method) as advance:
+            told = DefenseSettings(settings.seed, effort=settings.effort, progress=advance)
+            small = defense(original, clean, told).eval()
         removal = replace(removal, model=small)
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     warnings = list(diagnosis.warnings)

@@ -22,7 +22,7 @@ class Bars:
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Show one step."""
+        """Show one step: how much of ``total``, and how long it will still take; without a total, how much."""
         if self._quiet:
             yield lambda amount: None
             return
@@ -48,7 +48,14 @@ class Bars:
             disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task(name, total=total or 1)
-            yield (lambda amount: progress.advance(task, amount)) if total else (lambda amount: None)
+            done = 0
+
+            def count(amount: int) -> None:
+                nonlocal done
+                done += amount
+                progress.update(task, description=f"{name} {done:,}")
+
+            yield (lambda amount: progress.advance(task, amount)) if total else count
             progress.update(task, completed=total or 1)
 
 

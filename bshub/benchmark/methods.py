@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import DEFENSES, find_defense
 from bshub.pipeline import sanitize
@@ -77,7 +77,7 @@ def parse_method(text: str) -> Method:
     """
     name, _, rest = text.partition(":")
     if name not in OURS and name not in DEFENSES:
-        raise UsageError(f"unknown method {name!r}", hint=f"one of {', '.join((*OURS, *DEFENSES))}")
+        raise UsageError(f"unknown method {name!r}", hint=choices(name, (*OURS, *DEFENSES)))
     if name in OURS:
         known = {field.name for field in fields(Settings)} - {"method", "seed", "device"}
     else:

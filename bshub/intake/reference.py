@@ -33,6 +33,9 @@ FORBIDDEN_ARGUMENTS = frozenset(
 )
 
 
+LIBRARIES = ("timm", "torchvision")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A constructor and its arguments.
@@ -81,21 +84,30 @@ def parse_reference(text: str) -> Reference:
             "the model reference is empty or has a zero byte",
             hint="bshub scan timm/resnet18, user/repo, ./folder or ./file",
         )
-    text = text.removeprefix("hf-hub:").removeprefix("local-dir:")
+    plain = text.removeprefix("hf-hub:").removeprefix("local-dir:")
+    explicit, text = plain != text, plain
     library = text.partition("/")[0]
     try:
         path = Path(text).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelReferenceError(f"{text!r} cannot be a path: {error}", hint="check the path") from None
-    if library in ("timm", "torchvision") and not exists:
+    if library in LIBRARIES and not exists:
         return Reference(text, architecture=parse_architecture(text))
     if exists:
         return Reference(text, path=path)
     if text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".onnx"):
-        raise ModelReferenceError(f"no file or folder at {text}", hint="check the path")
+        near = _beside(path)
+        raise ModelReferenceError(f"no file or folder at {text}", hint=near or "check the path")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
+        if not explicit and difflib.get_close_matches(library, LIBRARIES, n=1, cutoff=0.8) and (near := _suggest(text)):
+            raise ModelReferenceError(
+                f"{text!r} is almost a network of a library",
+                hint=f"did you mean {near}? A repository of that name on the Hub is hf-hub:{text}",
+            )
         return Reference(text, repository=text)
+    if near := _beside(path):
+        raise ModelReferenceError(f"no file or folder at {text}", hint=near)
     near = _suggest(text)
     raise ModelReferenceError(
         f"{text!r} is neither a path nor a model reference",
@@ -111,7 +123,7 @@ def parse_architecture(text: str) -> Architecture:
     """
     head, _, query = text.partition("?")
     library, _, name = head.partition("/")
-    if library not in ("timm", "torchvision") or not name:
+    if library not in LIBRARIES or not name:
         raise ModelReferenceError(f"{text!r} is not an architecture", hint="write timm/NAME or torchvision/NAME")
     name, _, tag = name.partition("." if library == "timm" else ":")
     options = dict(parse_option(part) for part in query.split("&") if part)
@@ -156,7 +168,24 @@ def _literal(value: str) -> Any:
 
 
 def _suggest(text: str) -> str | None:
+    """The nearest network of a library."""
     import timm
+    from torchvision import models
 
-    near = difflib.get_close_matches(text.partition("/")[2] or text, timm.list_models(), n=1, cutoff=0.7)
-    return f"timm/{near[0]}" if near else None
+    owner, _, name = (text if "/" in text else f"timm/{text}").partition("/")
+    known = {"timm": timm.list_models(), "torchvision": models.list_models(module=models)}
+    first = difflib.get_close_matches(owner, LIBRARIES, n=1, cutoff=0.8) or ["timm"]
+    for library in sorted(known, key=lambda library: library not in first):
+        if near := difflib.get_close_matches(re.split(r"[?.:]", name)[0].casefold(), known[library], n=1, cutoff=0.7):
+            return f"{library}/{near[0]}"
+    return None
+
+
+def _beside(path: Path) -> str | None:
+    """The nearest name in the folder where a path leads nowhere, as a question."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent != Path() else []
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"did you mean {path.parent / near[0]}?" if near else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 
 Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
@@ -94,7 +94,7 @@ def find_repair(name: str) -> Loss:
         UsageError: There is no such repair.
     """
     if name not in REPAIRS:
-        raise UsageError(f"unknown repair {name!r}", hint=f"one of {', '.join(REPAIRS)}")
+        raise UsageError(f"unknown repair {name!r}", hint=choices(name, REPAIRS))
     return REPAIRS[name]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.scoring.statistics import PairStatistics
 
 TINY = 1e-12
@@ -103,7 +103,7 @@ def find_score(name: str) -> Score:
         UsageError: There is no such score.
     """
     if name not in SCORES:
-        raise UsageError(f"unknown score {name!r}", hint=f"one of {', '.join(SCORES)}")
+        raise UsageError(f"unknown score {name!r}", hint=choices(name, SCORES))
     return SCORES[name]
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.evaluation.attacks.interface import Attack, Setup, dirty_roles, stamp_with
 from bshub.evaluation.attacks.trigger import Trigger
 
@@ -25,7 +25,7 @@ def blended(setup: Setup, alpha: float = 0.2, pattern: str = "picture") -> Attac
             (the paper's "random pattern").
     """
     if pattern not in PATTERNS:
-        raise UsageError(f"unknown pattern {pattern!r}", hint=f"one of {', '.join(PATTERNS)}")
+        raise UsageError(f"unknown pattern {pattern!r}", hint=choices(pattern, PATTERNS))
     if not 0 < alpha <= 1:
         raise UsageError(
             f"alpha must lie in (0, 1], not {alpha!r}",

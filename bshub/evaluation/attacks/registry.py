@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.evaluation.attacks.adaptive import adaptive
 from bshub.evaluation.attacks.badnets import badnets
 from bshub.evaluation.attacks.blended import blended
@@ -50,7 +50,7 @@ def find_attack(name: str, options: dict[str, Any]) -> Callable[[Setup], Attack]
         UsageError: There is no such attack, or it has no such hyper-parameter.
     """
     if name not in ATTACKS:
-        raise UsageError(f"unknown attack {name!r}", hint=f"one of {', '.join(ATTACKS)}")
+        raise UsageError(f"unknown attack {name!r}", hint=choices(name, ATTACKS))
     defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(ATTACKS[name]).parameters.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bshub.errors import UsageError
+from bshub.errors import UsageError, choices
 from bshub.evaluation.defenses.anp import anp
 from bshub.evaluation.defenses.awm import awm
 from bshub.evaluation.defenses.bnp import bnp
@@ -44,5 +44,5 @@ def find_defense(name: str, others: tuple[str, ...] = ()) -> Defense:
         UsageError: There is no such defense.
     """
     if name not in DEFENSES:
-        raise UsageError(f"unknown method {name!r}", hint=f"one of {', '.join((*others, *DEFENSES))}")
+        raise UsageError(f"unknown method {name!r}", hint=choices(name, (*others, *DEFENSES)))
     return DEFENSES[name]
