@@ -113,8 +113,16 @@ def _publish(output: Path, repo_id: str, wishes: Wishes, private: bool, create_p
 def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | None = None) -> dict[str, Any]:
     """Judge a model by reference and touch nothing.
 
+    Args:
+        inputs: The model and, where there are any, its clean images.
+        settings: Score, μ, budget, batch size, device.
+        progress: Shows the steps.
+
     Returns:
         The report; ``suspects`` lists the flagged filters with the highest scores.
+
+    Raises:
+        BshubError: One of its kinds.
     """
     _check_names(settings)
     steps = Steps(progress)
@@ -155,8 +163,17 @@ def _judged(
 def evaluate_reference(inputs: Inputs, settings: Settings, *, progress: Progress | None = None) -> dict[str, Any]:
     """Measure a model by reference on a test folder.
 
+    Args:
+        inputs: Model and images; ``test_dir`` is needed, ``trigger`` adds the attack's rates.
+        settings: Batch size and device.
+        progress: Shows the steps.
+
     Returns:
         The report.
+
+    Raises:
+        UsageError: There are no test images.
+        BshubError: Another of its kinds.
     """
     if inputs.test_dir is None:
         raise UsageError("evaluate needs images", hint="add --test-dir DIR")

@@ -51,6 +51,9 @@ def printable(text: object, limit: int = 400) -> str:
     Args:
         text: Anything; ``str()`` of it is taken.
         limit: Longest result; the rest becomes an ellipsis.
+
+    Returns:
+        One line of printable characters, at most ``limit`` of them.
     """
     safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
@@ -61,6 +64,9 @@ def redacted(text: str) -> str:
 
     Args:
         text: Anything that is about to be shown, such as a traceback.
+
+    Returns:
+        The text with ``***`` in their place.
     """
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name):

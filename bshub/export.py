@@ -77,6 +77,8 @@ def export_reference(
         The report.
 
     Raises:
+        UsageError: Wishes that exclude each other, or int8 without clean images.
+        OutputError: The file exists or cannot be written.
         ExportError: The file does not compute what the model computes, or int8 costs too much; none is left.
         BshubError: Another of its kinds.
     """

@@ -83,6 +83,13 @@ def gate(
 def verify(target: Path, key: Path | None = None) -> Verdict:
     """Only whether the files are those of the receipt, and who signed it.
 
+    Args:
+        target: An artifact, or a file in it.
+        key: Public key, PEM, that must have signed the receipt.
+
+    Returns:
+        The verdict.
+
     Raises:
         UsageError: There is nothing at ``target``, or the key cannot be used.
     """
@@ -97,6 +104,12 @@ def verify(target: Path, key: Path | None = None) -> Verdict:
 
 def artifact_of(target: Path) -> Path | None:
     """The folder whose receipt speaks of a path; None for a file that has none beside it, or a library's model.
+
+    Args:
+        target: A folder or a file.
+
+    Returns:
+        The folder.
 
     Raises:
         UsageError: There is nothing.
@@ -117,6 +130,9 @@ def artifact_of(target: Path) -> Path | None:
 
 def write_policy(path: Path) -> None:
     """Write the commented default policy.
+
+    Args:
+        path: The file to write.
 
     Raises:
         OutputError: The file exists, or cannot be written.

@@ -137,12 +137,28 @@ def evaluate_models(
 
 
 def clean_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Rate:
-    """Accuracy of one model on ``(images, labels)`` batches."""
+    """Accuracy of one model on ``(images, labels)`` batches.
+
+    Args:
+        model: In evaluation mode.
+        batches: ``(images [n, c, h, w], labels [n])``, on the model's device.
+
+    Returns:
+        The share of right answers, with n.
+    """
     return evaluate_models([model], ((images, labels, None) for images, labels in batches))[0].accuracy
 
 
 def der(before: Evaluation, after: Evaluation) -> float | None:
-    """Defense effectiveness rating ``[max(0, ΔASR) - max(0, ΔACC) + 1] / 2``, 0 to 1; None without a trigger."""
+    """Defense effectiveness rating ``[max(0, ΔASR) - max(0, ΔACC) + 1] / 2``, 0 to 1; None without a trigger.
+
+    Args:
+        before: Rates of the original.
+        after: Rates of the sanitized network on the same images.
+
+    Returns:
+        0…1; 0.5 is no effect.
+    """
     if before.attack_success is None or after.attack_success is None:
         return None
     fewer_attacks = max(0.0, before.attack_success.value - after.attack_success.value)

@@ -102,7 +102,14 @@ def follow_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple
 
 
 def solve(recordings: Sequence[Recording]) -> ChannelFlow:
-    """Apply the rules to recorded runs of one model."""
+    """Apply the rules to recorded runs of one model.
+
+    Args:
+        recordings: Runs in evaluation mode, and in training mode where it differs.
+
+    Returns:
+        Channels and coupling groups.
+    """
     channels = Channels()
     convolutions: list[Produced] = []
     norms: list[Normalised] = []
@@ -182,7 +189,14 @@ def _walk(
 
 
 def op_name(target: Any) -> str:
-    """ATen name without overload and in-place underscore."""
+    """ATen name without overload and in-place underscore.
+
+    Args:
+        target: The target of a node.
+
+    Returns:
+        The key of ``OP_RULES``.
+    """
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.removeprefix("aten::")
         return name.removesuffix("_") if not name.endswith("__") else name

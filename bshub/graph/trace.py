@@ -36,7 +36,15 @@ READS_VALUES = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal
 
 
 def overwritten(before: Tensor, after: Tensor) -> Tensor:
-    """Stand-in node: ``before`` shares memory with ``after``, which was written in place."""
+    """Stand-in node: ``before`` shares memory with ``after``, which was written in place.
+
+    Args:
+        before: The older tensor.
+        after: The one that was written.
+
+    Returns:
+        What ``before`` holds now.
+    """
     return before
 
 
@@ -195,7 +203,15 @@ def _following_modules(
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in training or evaluation mode; restore each module's own flag afterwards."""
+    """Put every module in training or evaluation mode; restore each module's own flag afterwards.
+
+    Args:
+        model: The network.
+        training: True: training mode.
+
+    Returns:
+        A context; nothing is yielded.
+    """
     before = [(module, module.training) for module in model.modules()]
     if any(flag != training for _, flag in before):
         model.train(training)

@@ -54,7 +54,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network ready for use: in evaluation mode, on the CPU."""
+    """A network ready for use: in evaluation mode, on the CPU.
+
+    Attributes:
+        module: The network.
+        preprocessing: uint8 image → the network's input.
+        labels: Name of each output, None where nothing names them.
+        origin: What it is and where it came from.
+    """
 
     module: nn.Module
     preprocessing: Preprocessing

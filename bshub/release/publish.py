@@ -161,6 +161,9 @@ def publish(
         message: The commit message.
         show_images: Publish the clean images that the report page shows, to a public repository as well.
 
+    Returns:
+        Where it is now, and whether anything changed.
+
     Raises:
         PublishError: Bad folder or name, no access, no network, the Hub's refusal, or a competing push.
     """

@@ -72,12 +72,29 @@ def distil(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
 
     The teacher is the unpruned model. On clean images its answers are as good as before the surgery, and they
     say more than one label each; the trigger is not in these images, so the backdoor is not taught again.
+
+    Args:
+        logits: Of the pruned network, ``(n, classes)``.
+        labels: ``(n,)``.
+        teacher: Logits of the unpruned network, ``(n, classes)``.
+
+    Returns:
+        A scalar, in nats.
     """
     return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-    """``-log p(label)``, mean over images: the paper's plain fine-tuning."""
+    """``-log p(label)``, mean over images: the paper's plain fine-tuning.
+
+    Args:
+        logits: Of the pruned network, ``(n, classes)``.
+        labels: ``(n,)``.
+        teacher: Logits of the unpruned network, ``(n, classes)``.
+
+    Returns:
+        A scalar, in nats.
+    """
     return F.cross_entropy(logits, labels)
 
 
@@ -89,6 +106,12 @@ REPAIRS: dict[str, Loss] = {
 
 def find_repair(name: str) -> Loss:
     """Look a repair up.
+
+    Args:
+        name: Key of ``REPAIRS``.
+
+    Returns:
+        Its loss.
 
     Raises:
         UsageError: There is no such repair.

@@ -67,6 +67,11 @@ def standardize(scores: Tensor) -> Tensor:
 def flag(pairs: Sequence[ConvBN], standardized: Mapping[str, Tensor], mu: float) -> dict[str, Ints]:
     """Filters with a batch norm whose standardized score exceeds μ.
 
+    Args:
+        pairs: Conv-BN pairs.
+        standardized: Convolution → deviations from the layer's mean, ``[out_channels]``.
+        mu: Threshold μ, in deviations.
+
     Returns:
         Convolution → filter indices, only where there are any.
     """

@@ -135,7 +135,15 @@ def filter_norms(weight: Tensor) -> Tensor:
 
 
 def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
-    """The strongest batch norm of each filter; filters without one keep scale 1 and shift 0."""
+    """The strongest batch norm of each filter; filters without one keep scale 1 and shift 0.
+
+    Args:
+        pair: A conv-BN pair.
+        named: Parameters and buffers of the network, by name.
+
+    Returns:
+        Scale, shift, running mean and variance, ``[out]`` each.
+    """
     device = named[f"{pair.name}.weight"].device
     scale = torch.zeros(pair.out_channels, device=device)
     shift, mean, variance = torch.zeros_like(scale), torch.zeros_like(scale), torch.ones_like(scale)
@@ -237,7 +245,14 @@ def _merge(n: int, mean: Tensor, m2: Tensor, k: int, other: Tensor, variance: Te
 
 
 def activation_of(pair: ConvBN) -> Callable[[Tensor], Tensor]:
-    """The activation that follows a pair's first batch norm, or the identity."""
+    """The activation that follows a pair's first batch norm, or the identity.
+
+    Args:
+        pair: A conv-BN pair.
+
+    Returns:
+        A function of ``BN(z)``, of the same shape.
+    """
     found = pair.readers[0].activation
     if found is None:
         return lambda z: z

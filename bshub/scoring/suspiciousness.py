@@ -23,8 +23,14 @@ def bss(statistics: PairStatistics) -> Tensor:
     that could amplify much, moves alone, and yet stays quiet and matters little on clean images. The two means
     are the layer's, so a dead filter's denominator is 1, never 0.
 
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
     Returns:
         ``[out_channels]``.
+
+    Raises:
+        UsageError: There are no clean images.
     """
     correlation, activation, saliency = _need(statistics, "correlation", "activation", "saliency")
     return statistics.spectral.sqrt() * (1 - correlation) / ((1 + _relative(activation)) * (1 + _relative(saliency)))
@@ -32,6 +38,9 @@ def bss(statistics: PairStatistics) -> Tensor:
 
 def clp(statistics: PairStatistics) -> Tensor:
     """Channel Lipschitz bound alone, arXiv 2208.03111; needs no images.
+
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
 
     Returns:
         ``[out_channels]``.
@@ -42,6 +51,9 @@ def clp(statistics: PairStatistics) -> Tensor:
 def lipschitz(statistics: PairStatistics) -> Tensor:
     """``√spectral``: the paper's first term alone. The root keeps one huge filter from hiding the others of its layer.
 
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
     Returns:
         ``[out_channels]``.
     """
@@ -51,8 +63,14 @@ def lipschitz(statistics: PairStatistics) -> Tensor:
 def lone(statistics: PairStatistics) -> Tensor:
     """``√spectral · (1 - correlation)``: strong and unlike the rest of the layer.
 
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
     Returns:
         ``[out_channels]``.
+
+    Raises:
+        UsageError: There are no clean images.
     """
     (correlation,) = _need(statistics, "correlation")
     return statistics.spectral.sqrt() * (1 - correlation)
@@ -61,8 +79,14 @@ def lone(statistics: PairStatistics) -> Tensor:
 def dormant(statistics: PairStatistics) -> Tensor:
     """``√spectral / activation``: strong but quiet on clean images.
 
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
     Returns:
         ``[out_channels]``.
+
+    Raises:
+        UsageError: There are no clean images.
     """
     (activation,) = _need(statistics, "activation")
     return statistics.spectral.sqrt() / (activation + 1e-3 * activation.mean() + TINY)
@@ -71,8 +95,14 @@ def dormant(statistics: PairStatistics) -> Tensor:
 def bn_shift(statistics: PairStatistics) -> Tensor:
     """KL divergence of the clean statistics from the batch norm's running ones.
 
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
     Returns:
         ``[out_channels]``.
+
+    Raises:
+        UsageError: There are no clean images.
     """
     (shift,) = _need(statistics, "bn_shift")
     return shift
@@ -98,6 +128,12 @@ SCORES: dict[str, Score] = {
 
 def find_score(name: str) -> Score:
     """Look a score up.
+
+    Args:
+        name: Key of ``SCORES``.
+
+    Returns:
+        The score.
 
     Raises:
         UsageError: There is no such score.

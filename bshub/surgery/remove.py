@@ -45,7 +45,15 @@ class Removal:
 
 
 def silence(model: nn.Module, plan: RemovalPlan) -> nn.Module:
-    """The original with the plan's effect but no change of shape: the masked model of the proof."""
+    """The original with the plan's effect but no change of shape: the masked model of the proof.
+
+    Args:
+        model: The original; not changed.
+        plan: What leaves and what is silenced.
+
+    Returns:
+        A copy.
+    """
     masked = copy_sharing(model, lambda name: name not in plan.columns and name not in plan.zeroed)
     zero_silenced(masked, plan.zeroed)
     zero_columns(masked, plan)
@@ -95,7 +103,17 @@ def remove(
 def narrowed_copy(
     model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, input_size: tuple[int, int, int]
 ) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
-    """The smaller model, unproved, and its changed attributes."""
+    """The smaller model, unproved, and its changed attributes.
+
+    Args:
+        model: The original; not changed.
+        plan: What leaves and what is silenced.
+        flow: Channels and coupling groups.
+        input_size: ``(channels, height, width)``.
+
+    Returns:
+        The model, and module → attribute → its new value.
+    """
     cut = set(plan.kept)
     small = copy_sharing(model, cut.__contains__)
     attributes = narrow(small, plan, flow, input_size)

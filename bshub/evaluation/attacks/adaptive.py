@@ -37,6 +37,12 @@ def adaptive(setup: Setup, weight: float = 1.0, share: float = 0.1) -> Attack:
         setup: The run.
         weight: λ.
         share: Share of each layer's channels that counts as triggered, at least one channel.
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: A hyper-parameter is out of its range, or the network has no filter to hide in.
     """
     if not (weight >= 0 and 0 < share <= 1):
         raise UsageError(
@@ -112,7 +118,15 @@ def triggered_change(model: nn.Module, pairs: tuple[ConvBN, ...], clean: Tensor,
 
 
 def norm_scale(model: nn.Module, pair: ConvBN) -> Tensor:
-    """``max |γ|/√(σ²+ε)`` over the batch norms that read a filter, ``[out]``; γ keeps its gradient."""
+    """``max |γ|/√(σ²+ε)`` over the batch norms that read a filter, ``[out]``; γ keeps its gradient.
+
+    Args:
+        model: The network.
+        pair: A convolution with the batch norms that read it.
+
+    Returns:
+        ``[out]``, not negative.
+    """
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weight: Any = model.get_submodule(pair.name).weight
     scale = torch.zeros(pair.out_channels, device=weight.device)
@@ -127,7 +141,15 @@ def norm_scale(model: nn.Module, pair: ConvBN) -> Tensor:
 
 
 def spectral_bound(model: nn.Module, pair: ConvBN) -> Tensor:
-    """``scoring.statistics``' ``spectral`` with a gradient: ``σ_max(W[o]) · |γ|/√(σ²+ε)``, ``[out]``."""
+    """``scoring.statistics``' ``spectral`` with a gradient: ``σ_max(W[o]) · |γ|/√(σ²+ε)``, ``[out]``.
+
+    Args:
+        model: The network.
+        pair: A convolution with its batch norms.
+
+    Returns:
+        ``[out]``, with a gradient to the weights.
+    """
     module: Any = model.get_submodule(pair.name)
     matrix = _filters(model, pair.name, module.weight).flatten(2)  # (out, in/groups, kh·kw)
     if matrix.shape[1] < matrix.shape[2]:
@@ -138,7 +160,16 @@ def spectral_bound(model: nn.Module, pair: ConvBN) -> Tensor:
 
 
 def penalty(model: nn.Module, pairs: tuple[ConvBN, ...], channels: dict[str, Tensor]) -> Tensor:
-    """``mean relu(z)`` over the triggered channels of all layers, z the standardised default score."""
+    """``mean relu(z)`` over the triggered channels of all layers, z the standardised default score.
+
+    Args:
+        model: The network, in training.
+        pairs: Its conv-BN pairs.
+        channels: Convolution → indices of the channels that the trigger moves, ``[k]``.
+
+    Returns:
+        A scalar with a gradient to the weights.
+    """
     scores = []
     for pair in pairs:
         spectral = spectral_bound(model, pair)

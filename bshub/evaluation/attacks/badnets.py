@@ -20,6 +20,9 @@ def patch_trigger(target: int, size: tuple[int, int]) -> Trigger:
     Args:
         target: The attacker's label.
         size: The canvas ``(height, width)``, at least 4 pixels each way.
+
+    Returns:
+        The trigger.
     """
     cell = max(1, min(size) // CANVAS)
     values = torch.tensor(CELLS, dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
@@ -29,6 +32,13 @@ def patch_trigger(target: int, size: tuple[int, int]) -> Trigger:
 
 
 def badnets(setup: Setup) -> Attack:
-    """Patch and relabel ``rate · n`` images of the other classes."""
+    """Patch and relabel ``rate · n`` images of the other classes.
+
+    Args:
+        setup: The run.
+
+    Returns:
+        The attack on this run.
+    """
     trigger = patch_trigger(setup.target, setup.size)
     return Attack(trigger=lambda: trigger, roles=dirty_roles(setup), stamp=stamp_with(trigger))

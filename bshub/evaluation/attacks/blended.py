@@ -23,6 +23,12 @@ def blended(setup: Setup, alpha: float = 0.2, pattern: str = "picture") -> Attac
         alpha: Share of the pattern, in (0, 1].
         pattern: ``picture``, smooth colours and shapes with the spectrum of a photograph, or ``noise``, uniform noise
             (the paper's "random pattern").
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: There is no such pattern, or ``alpha`` is out of its range.
     """
     if pattern not in PATTERNS:
         raise UsageError(f"unknown pattern {pattern!r}", hint=choices(pattern, PATTERNS))
@@ -73,7 +79,15 @@ def picture(size: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def noise(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Independent uniform grey levels, uint8 ``(3, height, width)``."""
+    """Independent uniform grey levels, uint8 ``(3, height, width)``.
+
+    Args:
+        size: ``(height, width)``.
+        generator: Source of the levels.
+
+    Returns:
+        uint8 ``(3, height, width)``.
+    """
     return torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
 
 

@@ -41,6 +41,12 @@ def input_aware(
         channels: Widths of the networks' levels.
         mask_steps: Steps of Adam that the mask is trained for beforehand.
         mask_batch: Images in each of them.
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: A hyper-parameter is out of its range.
     """
     if not (0 < density < 1 and diversity >= 0 and mask_steps > 0 and mask_batch > 1):
         raise UsageError(
@@ -104,6 +110,9 @@ def diversity_loss(x: Tensor, other: Tensor, drawn: Tensor, drawn_other: Tensor)
         other: As many others.
         drawn: What the network draws for ``x``, ``(k, c, H, W)``.
         drawn_other: What it draws for ``other``.
+
+    Returns:
+        A scalar.
     """
     images = (x - other).square().mean((1, 2, 3)).sqrt()
     # the root has no slope at zero, where two images share their trigger

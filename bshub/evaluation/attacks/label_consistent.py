@@ -24,7 +24,15 @@ BATCH = 100
 
 
 def corners_trigger(target: int, size: tuple[int, int]) -> Trigger:
-    """The 3x3 pattern in all four corners, mirrored so that flips change nothing; cells grow as in BadNets."""
+    """The 3x3 pattern in all four corners, mirrored so that flips change nothing; cells grow as in BadNets.
+
+    Args:
+        target: The attacker's label.
+        size: The canvas ``(height, width)``.
+
+    Returns:
+        The trigger.
+    """
     cell = max(1, min(size) // CANVAS)
     lower_right = torch.tensor(CELLS, dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     side = len(lower_right)
@@ -46,6 +54,12 @@ def label_consistent(setup: Setup, epsilon: float = 16.0, steps: int = 20, step_
         epsilon: Largest change of a pixel in grey levels (the paper's ℓ∞ bound).
         steps: Of the gradient ascent.
         step_size: In grey levels.
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: A hyper-parameter is out of its range.
     """
     if not (0 <= epsilon <= 255 and steps >= 0 and step_size > 0):
         raise UsageError(

@@ -21,7 +21,14 @@ from bshub.evaluation.attacks.wanet import wanet
 
 
 def none(setup: Setup) -> Attack:
-    """No attack: the clean control."""
+    """No attack: the clean control.
+
+    Args:
+        setup: The run.
+
+    Returns:
+        An attack that poisons nothing and has no trigger.
+    """
     roles = torch.zeros(len(setup.labels), dtype=torch.uint8)
     return Attack(trigger=lambda: None, roles=lambda epoch: roles)
 
@@ -45,6 +52,9 @@ def find_attack(name: str, options: dict[str, Any]) -> Callable[[Setup], Attack]
     Args:
         name: Key of ``ATTACKS``.
         options: Keyword arguments of its function.
+
+    Returns:
+        A function from a run to its attack.
 
     Raises:
         UsageError: There is no such attack, or it has no such hyper-parameter.

@@ -14,6 +14,12 @@ def sig(setup: Setup, delta: float = 20.0, frequency: float = 6.0) -> Attack:
         setup: The run.
         delta: Amplitude Δ in grey levels, in training and at test.
         frequency: Periods f across the image.
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: A hyper-parameter is out of its range.
     """
     if not (0 < delta <= 255 and 0 < frequency <= setup.size[1]):
         raise UsageError(

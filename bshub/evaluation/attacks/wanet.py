@@ -24,6 +24,12 @@ def wanet(setup: Setup, k: int = 4, s: float = 0.5, rescale: float = 1.0, cross_
         s: Strength; 0.5 moves the mean pixel by a quarter of a pixel along each axis.
         rescale: Factor on all coordinates (grid rescale).
         cross_ratio: Noise-mode images for each poisoned one.
+
+    Returns:
+        The attack on this run.
+
+    Raises:
+        UsageError: A hyper-parameter is out of its range.
     """
     if not (2 <= k <= 256 and 0 < s <= 1e3 and 0 < rescale <= 10 and cross_ratio >= 0):
         raise UsageError(

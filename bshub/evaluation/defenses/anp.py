@@ -125,7 +125,16 @@ def mask_step(
 
 
 def perturbed(model: nn.Module, masks: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> Tensors:
-    """``(m + δ)·γ`` and ``(1 + ξ)·β`` of every masked batch norm; without noise ``m·γ`` alone."""
+    """``(m + δ)·γ`` and ``(1 + ξ)·β`` of every masked batch norm; without noise ``m·γ`` alone.
+
+    Args:
+        model: The network.
+        masks: Batch norm → ``m [out]``.
+        noise: Parameter → its relative change ``[out]``, δ or ξ; may be empty.
+
+    Returns:
+        Parameter → its perturbed value ``[out]``.
+    """
     tensors = {}
     for name, mask in masks.items():
         tensors[name] = model.get_parameter(name) * (mask + noise[name] if name in noise else mask)

@@ -113,7 +113,15 @@ def awm(
 
 
 def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``m · W`` of each convolution, ``(out, in/groups, kh, kw)``."""
+    """``m · W`` of each convolution, ``(out, in/groups, kh, kw)``.
+
+    Args:
+        weights: Parameter → W.
+        masks: Parameter → m, of the same shapes.
+
+    Returns:
+        Parameter → m · W.
+    """
     return {name: weight * masks[name] for name, weight in weights.items()}
 
 
@@ -150,7 +158,19 @@ def universal_trigger(
 def mask_loss(
     logits: Tensor, triggered: Tensor, labels: Tensor, masks: Mapping[str, Tensor], alpha: float, gamma: float
 ) -> Tensor:
-    """``α·CE(logits, y) + (1 - α)·CE(triggered, y) + γ·Σ|m|``: ``[n, classes]`` twice, ``[n]``."""
+    """``α·CE(logits, y) + (1 - α)·CE(triggered, y) + γ·Σ|m|``: ``[n, classes]`` twice, ``[n]``.
+
+    Args:
+        logits: Of the clean images, ``[n, classes]``.
+        triggered: Of the same images with the recovered trigger, ``[n, classes]``.
+        labels: ``[n]``.
+        masks: Convolution → m, of its weights' shape.
+        alpha: Weight of the clean images, 0…1.
+        gamma: Weight of the masks' L1 norm.
+
+    Returns:
+        A scalar.
+    """
     loss = alpha * F.cross_entropy(logits, labels) + (1 - alpha) * F.cross_entropy(triggered, labels)
     return loss + gamma * sum(mask.abs().sum() for mask in masks.values())
 
@@ -159,6 +179,12 @@ def one_shot_copies(clean: CleanImages) -> CleanImages:
     """Each image beside nine random crops of it, resized back and flipped at random; fewer where memory ends.
 
     The choices come from the global generator.
+
+    Args:
+        clean: ``n`` clean images.
+
+    Returns:
+        Up to ``10 n`` images with their labels.
     """
     images, labels = clean.images, clean.labels
     copies = min(COPIES, KEPT_IMAGES // len(images) - 1)

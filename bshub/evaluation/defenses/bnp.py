@@ -58,13 +58,31 @@ def bnp(model: nn.Module, clean: CleanImages, settings: DefenseSettings, *, u: f
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """``KL(N(mean, variance) ‖ N(other_mean, other_variance))``, elementwise."""
+    """``KL(N(mean, variance) ‖ N(other_mean, other_variance))``, elementwise.
+
+    Args:
+        mean: ``[channels]``.
+        variance: ``[channels]``, above zero.
+        other_mean: ``[channels]``.
+        other_variance: ``[channels]``, above zero.
+
+    Returns:
+        ``[channels]``, in nats.
+    """
     ratio = variance / other_variance
     return (ratio - ratio.log() - 1 + (mean - other_mean).square() / other_variance) / 2
 
 
 def outliers(values: Tensor, u: float) -> Tensor:
-    """Which values ``[channels]`` lie above their mean + u · standard deviation."""
+    """Which values ``[channels]`` lie above their mean + u · standard deviation.
+
+    Args:
+        values: ``[channels]``.
+        u: In standard deviations.
+
+    Returns:
+        Truth values ``[channels]``.
+    """
     return values > values.mean() + u * values.std()
 
 

@@ -117,6 +117,9 @@ def find_last_channels(model: nn.Module, flow: ChannelFlow, images: Tensor) -> L
         flow: Its channels.
         images: ``[n, c, h, w]``, for one run that says which layer comes after which.
 
+    Returns:
+        Where the channels are made and read.
+
     Raises:
         InconclusiveError: There is no such layer.
     """
@@ -145,7 +148,17 @@ def find_last_channels(model: nn.Module, flow: ChannelFlow, images: Tensor) -> L
 
 
 def activations(model: nn.Module, channels: LastChannels, clean: CleanImages, settings: DefenseSettings) -> Tensor:
-    """Mean of each channel over the clean images and its places, as the reader gets it: ``[channels]``."""
+    """Mean of each channel over the clean images and its places, as the reader gets it: ``[channels]``.
+
+    Args:
+        model: The network.
+        channels: Where the classifier reads them.
+        clean: Clean images.
+        settings: Batch size and progress.
+
+    Returns:
+        ``[channels]``.
+    """
     reader = model.get_submodule(channels.reader)
     axis = -1 if reader.weight.ndim == 2 else 1  # type: ignore[union-attr, operator]
     sums: list[Tensor] = []
@@ -166,7 +179,13 @@ def activations(model: nn.Module, channels: LastChannels, clean: CleanImages, se
 
 
 def silence(model: nn.Module, channels: LastChannels, chosen: list[int]) -> None:
-    """Zero the chosen channels where they are made and where they are read, in place."""
+    """Zero the chosen channels where they are made and where they are read, in place.
+
+    Args:
+        model: The network; changed.
+        channels: Where they are made and read.
+        chosen: Indices of the channels.
+    """
     if not chosen:
         return
     rows: dict[str, list[int]] = {}

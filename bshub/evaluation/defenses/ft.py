@@ -67,6 +67,17 @@ def finetune(
 ) -> list[float]:
     """The training itself, in place, on a model in training mode.
 
+    Args:
+        student: The network; changed.
+        clean: Clean images.
+        settings: Batch size and progress.
+        generator: Of order and augmentation.
+        epochs: Passes over the images.
+        lr: Learning rate.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        after_step: Called after every step, to put constraints back.
+
     Returns:
         The mean loss of each epoch.
     """

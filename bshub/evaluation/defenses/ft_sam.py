@@ -81,6 +81,9 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
         logits: ``(n, classes)``.
         labels: ``(n,)``.
         smoothing: s.
+
+    Returns:
+        A scalar.
     """
     classes = logits.shape[1]
     # torch spreads its share over all classes, the label among them
@@ -89,6 +92,10 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
 
 def worst_step(parameters: Sequence[Tensor], rho: float) -> list[Tensor]:
     """``ε = ρ · w² g / ‖|w| g‖₂`` from the parameters' gradients; zero where there is none.
+
+    Args:
+        parameters: With gradients.
+        rho: Radius ρ.
 
     Returns:
         One tensor a parameter, of its shape.
@@ -101,7 +108,15 @@ def worst_step(parameters: Sequence[Tensor], rho: float) -> list[Tensor]:
 
 @contextmanager
 def perturbed(parameters: Sequence[Tensor], rho: float) -> Iterator[None]:
-    """Inside, the parameters stand at ``w + ε``; afterwards at ``w``, bit for bit."""
+    """Inside, the parameters stand at ``w + ε``; afterwards at ``w``, bit for bit.
+
+    Args:
+        parameters: With gradients.
+        rho: Radius ρ.
+
+    Returns:
+        A context; nothing is yielded.
+    """
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, step in zip(parameters, worst_step(parameters, rho), strict=True):

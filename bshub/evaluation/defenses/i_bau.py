@@ -95,12 +95,27 @@ def i_bau(
 
 
 def adversary_loss(model: nn.Module, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
-    """``-CE(f(x + δ), labels) + 0.001 · ‖δ‖²``: what the adversary minimises. δ is ``(1, c, h, w)``."""
+    """``-CE(f(x + δ), labels) + 0.001 · ‖δ‖²``: what the adversary minimises. δ is ``(1, c, h, w)``.
+
+    Args:
+        model: f.
+        images: x, ``(n, c, h, w)``.
+        labels: ``(n,)``.
+        delta: δ.
+
+    Returns:
+        A scalar.
+    """
     return PENALTY * delta.square().sum() - F.cross_entropy(logits_of(model, images + delta), labels)
 
 
 def worst_perturbation(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], lr: float) -> Tensor:
     """One δ for all images: from zero, one gradient step a batch away from the network's own answers.
+
+    Args:
+        model: The network.
+        batches: ``(images (n, c, h, w), labels (n,))``.
+        lr: Step of the ascent.
 
     Returns:
         ``(1, c, h, w)``.

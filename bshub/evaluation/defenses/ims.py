@@ -170,7 +170,20 @@ def run_phase(
     patience: int,
     improvement: float,
 ) -> int:
-    """Minimise over variables in [0, 1] until the loss stops falling; returns the number of rounds."""
+    """Minimise over variables in [0, 1] until the loss stops falling; returns the number of rounds.
+
+    Args:
+        loss_of: A batch → a scalar loss.
+        batches: Without end.
+        variables: What is minimised over; changed.
+        settings: Rounds and progress.
+        lr: Of Adam.
+        patience: Rounds without progress before the phase ends.
+        improvement: A loss below this share of the best is progress.
+
+    Returns:
+        The number of rounds.
+    """
     optimizer = torch.optim.AdamW(variables, lr=lr)
     best, waited, done = float("inf"), 0, 0
     for images in batches:
@@ -227,7 +240,17 @@ def find_perturbations(
 
 
 def outer_loss(model: nn.Module, masks: Masks, images: Tensor, changed: Tensor) -> Tensor:
-    """The five terms of the outer problem, without the one of sparsity."""
+    """The five terms of the outer problem, without the one of sparsity.
+
+    Args:
+        model: The network.
+        masks: Of its filters, 0…1.
+        images: Clean, ``(n, c, h, w)``.
+        changed: The same with the inverted trigger, ``(n, c, h, w)``.
+
+    Returns:
+        A scalar.
+    """
     with torch.no_grad():
         answers, fooled = call_with(model, {}, images), call_with(model, {}, changed)
     inverse_changed = masks.classify(changed, inverse=True)
@@ -241,12 +264,28 @@ def outer_loss(model: nn.Module, masks: Masks, images: Tensor, changed: Tensor) 
 
 
 def agree(logits: Tensor, others: Tensor) -> Tensor:
-    """``-log Σ_c p_c q_c``, mean over images: ``[n, classes]`` each."""
+    """``-log Σ_c p_c q_c``, mean over images: ``[n, classes]`` each.
+
+    Args:
+        logits: Of p.
+        others: Of q.
+
+    Returns:
+        A scalar.
+    """
     return -(_overlap(logits, others) + TINY).log().mean()
 
 
 def disagree(logits: Tensor, others: Tensor) -> Tensor:
-    """``-log(1 - Σ_c p_c q_c)``, mean over images: ``[n, classes]`` each."""
+    """``-log(1 - Σ_c p_c q_c)``, mean over images: ``[n, classes]`` each.
+
+    Args:
+        logits: Of p.
+        others: Of q.
+
+    Returns:
+        A scalar.
+    """
     return -(1 - _overlap(logits, others) + TINY).log().mean()
 
 

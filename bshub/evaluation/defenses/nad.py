@@ -113,6 +113,14 @@ def attention_loss(learned: Sequence[Tensor], taught: Sequence[Tensor], betas: S
 
 
 def attention_map(features: Tensor, power: float) -> Tensor:
-    """``Σ_c |F_c|^p``, divided by its L2 norm over the places: ``(n, c, h, w)`` → ``(n, h, w)``."""
+    """``Σ_c |F_c|^p``, divided by its L2 norm over the places: ``(n, c, h, w)`` → ``(n, h, w)``.
+
+    Args:
+        features: F.
+        power: p.
+
+    Returns:
+        ``(n, h, w)``.
+    """
     energy = features.abs().pow(power).sum(1)  # (n, h, w)
     return energy / (torch.linalg.vector_norm(energy, dim=(1, 2), keepdim=True) + EPSILON)

@@ -40,6 +40,9 @@ def find_defense(name: str, others: tuple[str, ...] = ()) -> Defense:
         name: Key of ``DEFENSES``.
         others: Further names that the message offers.
 
+    Returns:
+        Its function.
+
     Raises:
         UsageError: There is no such defense.
     """

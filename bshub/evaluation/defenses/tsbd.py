@@ -144,7 +144,14 @@ def unlearn(
 
 
 def neuron_weight_change(change: Mapping[str, Tensor]) -> Tensors:
-    """``Σ |Δ|`` of every filter: ``(out, in/groups, kh, kw)`` → ``[out]``."""
+    """``Σ |Δ|`` of every filter: ``(out, in/groups, kh, kw)`` → ``[out]``.
+
+    Args:
+        change: Convolution → Δ of its weights.
+
+    Returns:
+        Convolution → ``[out]``.
+    """
     return {name: delta.abs().flatten(1).sum(1) for name, delta in change.items()}
 
 
