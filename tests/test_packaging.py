@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
+import zipfile
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -72,7 +82,8 @@ def test_every_locked_package_is_pinned_and_hashed_and_comes_from_the_index(name
 def test_every_requirement_is_locked_within_its_bounds() -> None:
     locked = entries("requirements.lock")
     project = PROJECT["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *(line for extra in extras for line in extra)]:
         wanted = Requirement(text)
         versions = [next(iter(pin.specifier)).version for pin, _ in locked[canonicalize_name(wanted.name)]]
         fits = [wanted.specifier.contains(version, prereleases=True) for version in versions]
@@ -92,3 +103,57 @@ def test_torch_and_torchvision_are_pinned_as_the_pair_they_were_compiled_as() ->
     from torchvision import extension
 
     assert extension._has_ops(), "torchvision's compiled part does not load beside this torch"
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_are_built_and_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
+    """No network: the libraries of this environment are lent to the clean one, bshub's editable install is not."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("bshub", "cli"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    run = {"capture_output": True, "text": True, "timeout": 600}
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)], **run
+    )  # type: ignore[call-overload]
+    assert built.returncode == 0, built.stderr + built.stdout
+    (wheel,), (sdist,) = (list((tmp_path / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"bshub/py.typed", "bshub_cli/main.py"} <= names
+    assert not [name for name in names if name.split("/")[0] in ("cli", "tests", "examples", "docs")]
+    wanted = {f"bshub/{path.relative_to(ROOT / 'bshub').as_posix()}" for path in (ROOT / "bshub").rglob("*.*")}
+    assert {name for name in wanted - names if "__pycache__" not in name} == set(), "files that the wheel lacks"
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "bshub/__init__.py", "cli/main.py"} <= inside
+
+    place = tmp_path / "clean"
+    venv.create(place, with_pip=False)
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    site = subprocess.run([str(python), "-c", "import site; print(site.getsitepackages()[-1])"], **run)  # type: ignore[call-overload]
+    packages = Path(site.stdout.strip())
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    lent = [entry for entry in site_folders() if Path(entry).is_dir()]
+    # a .pth file of a .pth folder is not read: the editable install of this checkout stays outside
+    (packages / "lent.pth").write_text("\n".join(lent))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    code = "import bshub, bshub_cli; print(bshub.__file__, bshub_cli.__file__); bshub.sanitize"
+    done = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=environment, **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert all(path.startswith(str(place)) for path in done.stdout.split())
+    script = "import importlib.metadata as m, sys; (s,) = [s for s in m.distribution('bshub').entry_points]; s.load()()"
+    done = subprocess.run(
+        [str(python), "-c", script, "scan", str(ROOT / "examples" / "demo" / "model"), "--json"],
+        cwd=tmp_path, env=environment, **run,
+    )  # type: ignore[call-overload]  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["diagnosis"]["filters"] == 1864
+
+
+def site_folders() -> list[str]:
+    """Where this environment's libraries lie."""
+    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
