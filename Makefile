@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz lines results coverage coverage-speed round-trip lock clean
+.PHONY: help setup demo test lint docs recording fuzz lines results coverage coverage-speed round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -45,6 +45,13 @@ lint: setup ## ruff, mypy and the import contracts
 	@$(BIN)/mypy bshub
 	@$(BIN)/lint-imports --no-logo
 
+docs: setup ## build the documentation into out/site, without a network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "written: out/site/index.html"
+
+recording: setup ## walk through docs/tutorial.md and rewrite docs/recording.txt
+	$(BIN)/python examples/record_tutorial.py --out docs/recording.txt
+
 fuzz: setup ## ten minutes of atheris on the three intakes; what it finds lies in tests/fuzz-findings
 	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m fuzz 600
 
@@ -69,7 +76,7 @@ round-trip: setup ## sanitize six networks, publish them to a Hub on this machin
 
 # torch and torchvision are compiled against each other: they are raised together or not at all.
 lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit
-	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev --extra sign \
+	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev --extra sign --extra docs --extra space \
 	    -o requirements.lock pyproject.toml
 	@echo uv | $(BIN)/uv pip compile --quiet $(LOCK_FLAGS) -o requirements-uv.lock -
 
