@@ -129,7 +129,7 @@ def _version(package: str) -> str | None:
 
 
 def _extras() -> Iterator[Observation]:
-    for extra in sorted(set(metadata.metadata("bshub").get_all("Provides-Extra") or ()) - {"dev"}):
+    for extra in sorted(set(metadata.metadata("bshub").get_all("Provides-Extra") or ()) - {"dev", "docs"}):
         missing = list(_unmet(extra))
         name, get = f"extra {extra}", f"pip install 'bshub[{extra}]'"
         yield Observation(name, NOTE, "; ".join(missing), get) if missing else Observation(name, OK, "installed")
