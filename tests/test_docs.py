@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from browser import Browser, find_chromium
 from conftest import ROOT
 
 pytest.importorskip("mkdocs", reason="pip install 'bshub[docs]'")
@@ -63,3 +67,36 @@ def test_links_to_the_code_lead_to_copies_of_it(site: Path) -> None:
         assert (site / link).is_file()
         original = ROOT / link.removeprefix("source/").removesuffix(".txt")
         assert (site / link).read_text(encoding="utf-8") == original.read_text(encoding="utf-8")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's stderr clean."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
+def test_a_visitor_reads_and_searches_and_no_other_server_hears_of_it(site: Path) -> None:
+    chromium = find_chromium()
+    assert chromium
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        with Browser(chromium) as browser:
+            browser.look(1280, 900)
+            for page in ("index", "api/index", "results", "how-to/sanitize"):
+                browser.call("Page.navigate", url=f"{home}/{page}.html")
+                browser.wait("document.readyState === 'complete' && document.querySelector('h1')")
+                assert browser.run("[...document.images].every(it => it.complete && it.naturalWidth)")
+                assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+            browser.run("document.querySelector('.md-search__input').focus()")
+            browser.call("Input.insertText", text="suspiciousness")
+            browser.wait("document.querySelectorAll('.md-search-result__item').length > 0")
+            assert browser.errors == []
+            assert [url for url in browser.requests if not url.startswith((home, "blob:"))] == []
+    finally:
+        server.shutdown()
+        server.server_close()
