@@ -97,17 +97,20 @@ def build() -> gr.Blocks:
     with gr.Blocks(title="bshub scan", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
-            checkpoint = gr.File(label="Checkpoint", file_types=[".safetensors", ".pth", ".pt", ".bin"])
+            checkpoint = gr.File(label="Checkpoint", file_types=[".safetensors", ".pth", ".pt", ".bin"], height=180)
             with gr.Column():
                 arch = gr.Textbox(
                     "timm/resnet18",
                     label="Network",
                     info="timm/NAME or torchvision/NAME; options follow: timm/resnet18?num_classes=10&input_size=32",
                 )
-                pictures = gr.File(label="Clean pictures (optional)", file_count="multiple", file_types=["image"])
+                pictures = gr.File(
+                    label="Clean pictures (optional)", file_count="multiple", file_types=["image"], height=180
+                )
         button = gr.Button("Scan", variant="primary")
         summary = gr.HTML()
-        chart = gr.Image(label="Suspiciousness of every filter, layer by layer", show_label=True, type="pil")
+        gr.Markdown("Suspiciousness of every filter, layer by layer")
+        chart = gr.Image(show_label=False, type="pil")
         table = gr.Dataframe(headers=HEADER, label="Most suspicious filters", interactive=False, wrap=True)
         report = gr.File(label="Report (JSON)")
         button.click(examine, [checkpoint, arch, pictures], [summary, chart, table, report], api_name="scan")
