@@ -117,7 +117,8 @@ def _child(task: str, name: str, onnx: bool, folder: str, answer: Path) -> None:
 
 def page(rows: list[dict[str, Any]], total: int) -> str:
     """The Markdown page."""
-    made = ", ".join(f"{name} ({count} rows)" for name, count in Counter(row["commit"] for row in rows).most_common())
+    commits = Counter(row.get("commit", "earlier ones, not noted") for row in rows)
+    made = ", ".join(f"{name} ({count} rows)" for name, count in commits.most_common())
     lines = [
         "# Coverage",
         "",
