@@ -170,6 +170,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "parameters_before": report["parameters"]["before"],
         "parameters_after": report["parameters"]["after"],
         "warnings": len(report["warnings"]),
+        "page": "page" in report,
     }
 
 
