@@ -3,7 +3,8 @@
     python examples/record_tutorial.py --out docs/recording.txt [--install]
 
 Each command of the page is typed into a shell in the clone, as it stands there; ``--install`` includes ``make setup``.
-Progress bars are left out (stderr is no terminal); paths of this machine are shortened.
+Progress bars are left out (stderr is no terminal); paths of this machine are shortened and
+pip's words on its package index left out.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def record(page: str, folder: Path, environment: dict[str, str], install: bool) 
     text = "\n".join(line for line in lines if line is not None)
     for path, short in ((str(folder), "."), (str(Path.home()), "~"), (tempfile.gettempdir(), "/tmp")):
         text = text.replace(path, short)
+    text = re.sub(r"(?m)^(?:WARNING|\[notice\]).*\n", "", text)  # pip's, on the package index of this machine
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines()))
     return f"{text.strip()}\n\n# {seconds:.0f} seconds in all, {os.cpu_count()} CPU cores, no GPU\n"
 

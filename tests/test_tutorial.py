@@ -63,7 +63,7 @@ def test_what_the_pages_name_exists() -> None:
         for command in re.findall(r"^bshub (\w+)", page, re.MULTILINE):
             assert (ROOT / "cli" / f"{command}.py").is_file(), command
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page):
-            assert any(f'"{option}' in text or option[2:].replace("-", "_") in text for text in SOURCES), option
+            assert any(option in text or option[2:].replace("-", "_") in text for text in SOURCES), option
         for target in re.findall(r"^make ([a-z-]+)", page, re.MULTILINE):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
