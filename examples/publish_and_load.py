@@ -10,6 +10,7 @@ your clean images out of the report page; without it a public repository is refu
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true")
     args = parser.parse_args()
 
-    published = bshub.publish(args.artifact, args.repository, private=args.private)
+    published = bshub.publish(Path(args.artifact), args.repository, private=args.private)
     print("was already there" if published.unchanged else "published", published.url)
 
     here, there = bshub.load(args.artifact), bshub.load(args.repository)
