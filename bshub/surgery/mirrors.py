@@ -157,5 +157,6 @@ def _head_hidden_size(model: nn.Module) -> int | None:
     """What timm promises of it: the width that the classifier takes, which may be another than ``num_features``."""
     if type(getattr(model, "head_hidden_size", None)) is not int or not hasattr(model, "get_classifier"):
         return None
-    weight = getattr(model.get_classifier(), "weight", None)  # (classes, width) or (classes, width, 1, 1)
+    classifier: Any = model.get_classifier  # timm's, which nn.Module knows nothing of
+    weight = getattr(classifier(), "weight", None)  # (classes, width) or (classes, width, 1, 1)
     return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim in (2, 4) else None
