@@ -99,22 +99,23 @@ def test_a_stage_of_the_same_width_does_not_change_num_features() -> None:
 
 
 class OwnWidthInTheHead(nn.Module):
-    """Features and hidden layer of the head have one width, and only the latter is narrowed."""
+    """The features and the hidden layer inside the head have one width, and only the latter is narrowed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.last, self.fc = conv_bn(3, 8), conv_bn(8, 8), nn.Linear(8, 4)
+        self.body = conv_bn(3, 8)
+        self.head = nn.Sequential(conv_bn(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
         self.num_features = self.head_hidden_size = 8
 
     def get_classifier(self) -> nn.Module:
-        return self.fc
+        return self.head[-1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.last(self.body(x)).mean((2, 3)))
+        return self.head(self.body(x))
 
 
 def test_the_heads_hidden_width_is_the_one_that_the_classifier_takes() -> None:
-    model = Net(OwnWidthInTheHead()).remove_exactly({"last.0": [1, 2, 5]}).model
+    model = Net(OwnWidthInTheHead()).remove_exactly({"head.0.0": [1, 2, 5]}).model
     assert (model.num_features, model.head_hidden_size) == (8, 5)
 
 

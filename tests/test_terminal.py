@@ -131,6 +131,8 @@ def test_a_step_without_a_total_counts_what_is_done(
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_installs_and_completes(shell: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path), "SHELL": f"/bin/{shell}", "USERPROFILE": str(tmp_path)}
+    # the shell is the one that is asked for, not the one around the tests, which need not have one
+    environment["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     run = {"env": environment, "capture_output": True, "text": True, "timeout": 120}
     shown = subprocess.run([*RUN, "--show-completion", shell], **run)  # type: ignore[call-overload]
     assert shown.returncode == 0, shown.stderr

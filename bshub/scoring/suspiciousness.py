@@ -93,7 +93,7 @@ def dormant(statistics: PairStatistics) -> Tensor:
 
 
 def bn_shift(statistics: PairStatistics) -> Tensor:
-    """KL divergence of the clean statistics from the batch norm's running ones.
+    """``KL(N(mean z, var z) ‖ N(μ, σ²))``: how far the clean images are from the batch norm's running statistics.
 
     Args:
         statistics: Of one layer, ``[out_channels]`` each.
