@@ -115,10 +115,10 @@ def _show(verdict: Verdict) -> None:
         head = f"  {_SIGNS[item.level]:<12}  {item.rule:<{width}}  "
         lines = [(head, item.message)]
         if item.level in (REFUSED, INCONCLUSIVE) and item.hint:
-            lines.append((" " * len(head) + "→ ", item.hint))
+            lines.append(("    → ", item.hint))  # near the margin: a command to copy should not be broken
         for start, text in lines:
             indent = " " * len(start)
-            wrap = textwrap.TextWrapper(max(100, len(start) + 40), initial_indent=start, subsequent_indent=indent)
+            wrap = textwrap.TextWrapper(80, initial_indent=start, subsequent_indent=indent)
             wrap.break_long_words = wrap.break_on_hyphens = False
             typer.echo(wrap.fill(text))
 

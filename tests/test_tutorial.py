@@ -47,7 +47,7 @@ def test_the_tutorial_works_to_the_letter_and_says_what_is_seen(clone: Path, chi
     ]
     environment = {**child_environment, "COLUMNS": "80"}
     seen = record(TUTORIAL, clone, environment, install=False)
-    assert max(len(line) for line in seen.splitlines() if not line.startswith(("$", ">", "written:", "PASS"))) <= 100
+    assert max(len(line) for line in seen.splitlines() if not line.startswith(("$", ">", "written:", "PASS"))) <= 80
     before, after = re.search(r"attack success %\s+([\d.]+) \[.*?\] n=\d+\s+([\d.]+) \[", seen).groups()  # type: ignore[union-attr]
     assert float(before) > 99
     assert float(after) < 5
