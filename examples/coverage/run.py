@@ -117,6 +117,7 @@ def _child(task: str, name: str, onnx: bool, folder: str, answer: Path) -> None:
 
 def page(rows: list[dict[str, Any]], total: int) -> str:
     """The Markdown page."""
+    carried = sum("carried" in row.get("peer", {}) for row in rows)
     commits = Counter(row.get("commit", "earlier ones, not noted") for row in rows)
     made = ", ".join(f"{name} ({count} rows)" for name, count in commits.most_common())
     lines = [
@@ -136,6 +137,7 @@ def page(rows: list[dict[str, Any]], total: int) -> str:
         "is only run with `--peer-onnx`; it cannot exceed *forward*.",
         "",
         f"The library's commit behind the rows: {made}.",
+        *([f"{carried} of Torch-Pruning's rows are from an earlier run of the same script."] if carried else []),
         "",
         "| | models | " + " | ".join(MARKS) + " |",
         "|---|---|" + "---|" * len(MARKS),
