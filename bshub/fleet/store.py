@@ -45,11 +45,8 @@ class Store:
 
     def record(self, key: str) -> dict[str, Any] | None:
         """What was written down for a key; None where nothing (whole) was."""
-        try:
-            found = json.loads(self._files.cat_file(self.path("records", f"{key}.json")))
-        except (OSError, ValueError, RecursionError):
-            return None
-        return found if isinstance(found, dict) and found.get("key") == key else None
+        found = self._json("records", f"{key}.json")
+        return found if found and found.get("key") == key else None
 
     def write_record(self, row: dict[str, Any]) -> None:
         """Write a record in one step."""
@@ -75,8 +72,12 @@ class Store:
 
     def manifest(self, folder: str) -> dict[str, Any] | None:
         """The report of an artifact that lies there whole."""
+        return self._json("models", folder, MANIFEST)
+
+    def _json(self, *parts: str) -> dict[str, Any] | None:
+        """An object that lies there whole, or None."""
         try:
-            found = json.loads(self._files.cat_file(self.path("models", folder, MANIFEST)))
+            found = json.loads(self._files.cat_file(self.path(*parts)))
         except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
