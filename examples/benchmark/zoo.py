@@ -1,0 +1,87 @@
+"""Train the models of ``zoo.txt`` with ``bshub attack``: ``python examples/benchmark/zoo.py --data CIFAR --out out/zoo``.
+
+Models that are there are kept and an interrupted one is continued, so the command may be killed and repeated. With
+``--images 10000`` a fixed tenth part of every class is hard-linked into a folder of its own and trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ARCHITECTURES = {"resnet18": "timm/resnet18?num_classes=10&stem=cifar&channels={w},{2w},{4w},{8w}&input_size=32"}
+
+
+def models(wanted: str | None = None) -> list[dict[str, str]]:
+    """The lines of ``zoo.txt``, of one set or all."""
+    keys = ("set", "name", "arch", "attack", "rate", "seed")
+    lines = [line.split() for line in (HERE / "zoo.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return [row for row in (dict(zip(keys, line, strict=True)) for line in lines) if wanted in (None, row["set"])]
+
+
+def subset(data: Path, out: Path, images: int) -> Path:
+    """Hard links to the first images of every class of ``train/`` and to all of ``test/``."""
+    if out.is_dir():
+        return out
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    classes = sorted(path for path in (data / "train").iterdir() if path.is_dir())
+    for folder in classes:
+        for file in sorted(folder.iterdir())[: images // len(classes)]:
+            _link(file, partial / "train" / folder.name / file.name)
+    for file in sorted((data / "test").glob("*/*")):
+        _link(file, partial / "test" / file.parent.name / file.name)
+    partial.rename(out)
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.link(source, target)
+
+
+def architecture(name: str, width: int) -> str:
+    """The reference of a network whose narrowest stage has ``width`` channels."""
+    text = ARCHITECTURES[name]
+    for factor in (1, 2, 4, 8):
+        text = text.replace("{w}" if factor == 1 else f"{{{factor}w}}", str(factor * width))
+    return text
+
+
+def train(row: dict[str, str], data: Path, out: Path, width: int, epochs: int) -> None:
+    """One model, in a process of its own; label-consistent turns images against the clean control, if that is there."""
+    command = [str(Path(sys.executable).with_name("bshub")), "attack", architecture(row["arch"], width)]
+    command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", row["attack"]]
+    command += ["--rate", row["rate"], "--seed", row["seed"], "--epochs", str(epochs)]
+    clean = out / "clean"
+    if row["attack"] == "label-consistent" and (clean / "training.json").exists():
+        command += ["--surrogate", str(clean)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    record = json.loads((out / row["name"] / "training.json").read_text())
+    rates = record["evaluation"]
+    print(row["name"], *(f"{name} {rate['percent']}" for name, rate in rates.items() if "percent" in rate), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="holds train/<class>/ and test/<class>/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", help="only the models of that set")
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--width", type=int, default=64, help="channels of ResNet-18's first stage; 64 is the full one")
+    parser.add_argument("--epochs", type=int, default=15)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = subset(args.data, args.out / f"data-{args.images}", args.images)
+    for row in models(args.set):
+        train(row, data, args.out, args.width, args.epochs)
+
+
+if __name__ == "__main__":
+    main()
