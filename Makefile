@@ -77,7 +77,7 @@ round-trip: setup ## sanitize six networks, publish them to a Hub on this machin
 # torch and torchvision are compiled against each other: they are raised together or not at all.
 lock: setup ## solve requirements.lock and requirements-uv.lock anew, keeping the versions that still fit
 	@$(BIN)/uv pip compile --quiet $(LOCK_FLAGS) --universal --fork-strategy fewest --extra dev --extra sign \
-	    --extra fleet --extra docs --extra space -o requirements.lock pyproject.toml
+	    --extra fleet --extra distributed --extra docs --extra space -o requirements.lock pyproject.toml
 	@echo uv | $(BIN)/uv pip compile --quiet $(LOCK_FLAGS) -o requirements-uv.lock -
 
 LOCK_FLAGS = --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bshub.errors import InconclusiveError, UsageError
+from bshub.parallel import Workers
 
 MIN_IMAGES = 4
 KEPT_IMAGES = 1024
@@ -16,20 +17,33 @@ KEPT_IMAGES = 1024
 class CleanImages:
     """Clean batches on one device.
 
-    ``stream`` may be iterated once and sees all images; ``images`` and ``labels`` hold the first 1024 of them.
+    ``stream`` may be iterated once and sees all images; ``images`` and ``labels`` hold the first 1024 of them, so
+    the loader should not give one class after the other. Of several processes each streams its own part.
 
     Args:
         loader: ``(images [n, c, h, w] float, labels [n])``.
         device: Where the batches go.
         total: Number of images to come, where it is known; a DataLoader knows.
+        workers: The processes; ``join`` makes the kept images those of all.
+
+    Attributes:
+        total: Number of images to come to this process, if known.
+        count: Number of images seen; after ``join``, by all processes.
 
     Raises:
         UsageError: The loader does not give such batches.
-        InconclusiveError: It gives fewer than four images.
+        InconclusiveError: There are fewer than four images in all, or none for this process.
     """
 
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device, total: int | None = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        device: torch.device,
+        total: int | None = None,
+        workers: Workers | None = None,
+    ) -> None:
         self._device = device
+        self._workers = workers or Workers()
         self.total = total if total is not None else _size(loader)
         self._rest = iter(loader)
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -38,7 +52,8 @@ class CleanImages:
         self.count = 0
         while self.count < MIN_IMAGES and self._advance():
             pass
-        if self.count < MIN_IMAGES:
+        (found,) = self._workers.sums([self.count])
+        if found < MIN_IMAGES or not self.count:
             raise InconclusiveError(
                 f"{self.count} clean images are too few to judge a model", hint="give at least 4, better 10 per class"
             )
@@ -103,6 +118,15 @@ class CleanImages:
         """Read on until enough images are kept, where nobody streamed."""
         while self.count < KEPT_IMAGES and self._advance():
             self._ahead.clear()
+
+    def join(self) -> None:
+        """Give every process the first 1024 images of all, in the order of the processes."""
+        if self._workers.size > 1:
+            gather, images, labels = self._workers.gather, self.images, self.labels
+            counts = torch.cat(gather(torch.tensor([self.count])))
+            wanted = max(0, KEPT_IMAGES - int(counts[: self._workers.rank].sum()))
+            self._kept = list(zip(gather(images[:wanted]), gather(labels[:wanted]), strict=True))
+            self.count = int(counts.sum())
 
     @property
     def input_size(self) -> tuple[int, int, int]:

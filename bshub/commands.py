@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bshub.clean import KEPT_IMAGES
 from bshub.device import pick_device
 from bshub.diagnosis import Diagnosis
 from bshub.errors import PublishError, UsageError, printable
@@ -21,6 +22,7 @@ from bshub.files import check_output, output_folder
 from bshub.inputs import Inputs, image_facts, image_warnings, load_inputs, model_facts
 from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
+from bshub.parallel import Workers, launched
 from bshub.pipeline import OURS, sanitize, scan
 from bshub.progress import Progress, Steps
 from bshub.release.publish import check_name, publish
@@ -56,7 +58,7 @@ def sanitize_to_folder(
         progress: Shows the steps.
 
     Returns:
-        The report.
+        The report. Of several processes the first writes and measures, the others come back with what they know.
 
     Raises:
         BshubError: One of its kinds; nothing is left behind.
@@ -66,20 +68,24 @@ def sanitize_to_folder(
     _check_names(settings)
     if push_to:
         check_name(push_to)  # not after an hour of work
-    if output is not None:
+    workers = launched(settings.device)
+    if output is not None and workers.rank == 0:
         check_output(output, overwrite)
     steps = Steps(progress)
     source, clean, test, trigger = load_inputs(inputs, settings, steps)
     assert clean is not None
     wishes = replace(wishes or Wishes(), repository=push_to)
     wishes.check(source)
-    batches = clean.batches(source.preprocessing, settings.batch_size)
+    own = _own_part(clean, workers)
+    batches = own.batches(source.preprocessing, settings.batch_size)
     if output is None:
-        diagnosis = scan(source.module, batches, settings, total=len(clean), progress=steps)
+        diagnosis = scan(source.module, batches, settings, total=len(own), workers=workers, progress=steps)
         return _judged(inputs, source, clean, diagnosis, steps)
+    if workers.rank:
+        return sanitize(source.module, batches, settings, total=len(own), workers=workers, progress=steps).report
     # Held from here on: a second run into the same folder is refused before it has worked for nothing.
     with output_folder(output, overwrite) as folder:
-        result = sanitize(source.module, batches, settings, total=len(clean), progress=steps)
+        result = sanitize(source.module, batches, settings, total=len(own), workers=workers, progress=steps)
         report = {**model_facts(inputs, source, clean), **result.report, "images": image_facts(clean)}
         report["warnings"] += image_warnings(inputs, clean)
         if test is not None:
@@ -127,13 +133,16 @@ def scan_reference(inputs: Inputs, settings: Settings, *, progress: Progress | N
     _check_names(settings)
     steps = Steps(progress)
     source, clean, _, _ = load_inputs(inputs, settings, steps)
-    batches = clean.batches(source.preprocessing, settings.batch_size) if clean else None
+    workers = launched(settings.device)
+    own = _own_part(clean, workers) if clean else None
+    batches = own.batches(source.preprocessing, settings.batch_size) if own else None
     diagnosis = scan(
         source.module,
         batches,
         settings,
         input_size=source.preprocessing.input_size,
-        total=len(clean) if clean else None,
+        total=len(own) if own else None,
+        workers=workers,
         progress=steps,
     )
     suspects = [
@@ -149,6 +158,16 @@ def _check_names(settings: Settings) -> None:
     find_repair(settings.repair)
     if settings.method not in OURS:
         find_defense(settings.method, OURS)
+
+
+def _own_part(clean: ClassFolder, workers: Workers) -> ClassFolder:
+    """What this process reads: some of every class among the first images, which are kept, and its part of all."""
+    if len(clean) < workers.size:
+        raise UsageError(
+            f"{len(clean)} clean images are too few for {workers.size} processes", hint="call it without the launcher"
+        )
+    mixed = clean.mixed(KEPT_IMAGES)
+    return mixed.part(workers.part(len(clean)))
 
 
 def _judged(

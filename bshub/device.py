@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where there is one, else the CPU.
+    """``auto`` takes CUDA where there is one (of several processes each its own), else the CPU.
 
     Raises:
         UsageError: The named device does not exist here, or lacks the double precision that the proof needs (MPS).
@@ -19,6 +19,7 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
+        # PartialState made the process's own GPU the current one
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

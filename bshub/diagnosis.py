@@ -14,6 +14,7 @@ from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.graph.coupling import ChannelFlow, follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.graph.trace import Recording
+from bshub.parallel import Workers
 from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, make_plan
 from bshub.scoring.selection import Threshold, choose_mu, flag, standardize
@@ -77,7 +78,12 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module, input_size: tuple[int, int, int], clean: CleanImages | None, settings: Settings, steps: Steps
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    clean: CleanImages | None,
+    settings: Settings,
+    steps: Steps,
+    workers: Workers | None = None,
 ) -> Diagnosis:
     """Find suspicious filters.
 
@@ -87,6 +93,7 @@ def diagnose(
         clean: Clean images; None: the weights alone are judged.
         settings: Score, μ, budget, batch size.
         steps: Where the work is shown.
+        workers: Processes that share the clean images; all come to the same diagnosis.
 
     Returns:
         The diagnosis.
@@ -118,9 +125,10 @@ def diagnose(
     score = find_score(name)
     stream = clean.stream() if clean is not None and score.needs_images else None
     with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
-        statistics = measure(model, pairing, stream, progress=advance)
+        statistics = measure(model, pairing, stream, workers=workers, progress=advance)
     if clean is not None:
         clean.drain()
+        clean.join()
     with steps.step("threshold"):
         scores = {pair.name: standardize(score.function(statistics[pair.name])) for pair in pairing.pairs}
         rate = None

@@ -18,6 +18,7 @@ from bshub.evaluation.defenses.registry import find_defense
 from bshub.evaluation.metrics import clean_accuracy
 from bshub.graph.cost import count_macs
 from bshub.graph.trace import record
+from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
 from bshub.repair.finetune import Schedule, find_repair, repair
 from bshub.scoring.plan import RemovalPlan
@@ -59,6 +60,7 @@ def sanitize(
     settings: Settings | None = None,
     *,
     total: int | None = None,
+    workers: Workers | None = None,
     progress: Progress | Steps | None = None,
 ) -> SanitizeResult:
     """Find suspicious filters with clean images, remove them, repair the network.
@@ -68,10 +70,11 @@ def sanitize(
         loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
         settings: Defaults otherwise.
         total: Number of images in the loader, for the progress bar; a DataLoader knows.
+        workers: Processes that all call this with their own part of the images, see ``bshub.parallel.launched``.
         progress: Shows the steps.
 
     Returns:
-        The result. If nothing looks suspicious the model is an unchanged copy.
+        The result, the same in every process. If nothing looks suspicious the model is an unchanged copy.
 
     Raises:
         InconclusiveError: Too few images, or no conv-BN pair.
@@ -85,8 +88,8 @@ def sanitize(
     find_repair(settings.repair)
     defense = None if settings.method in OURS else find_defense(settings.method, OURS)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device, total)
-    diagnosis = diagnose(original, clean.input_size, clean, settings, steps)
+    clean = CleanImages(loader, device, total, workers)
+    diagnosis = diagnose(original, clean.input_size, clean, settings, steps, workers)
     found = {} if defense else diagnosis.plan.flagged  # a baseline does what it does; the surgery then removes nothing
     flagged = {name: np.asarray(index, np.int64) for name, index in found.items()}
     with steps.step("surgery"):
@@ -112,6 +115,7 @@ def sanitize(
                 removal.plan.zeroed_after(),
                 settings.repair,
                 schedule,
+                workers=workers,
                 progress=advance,
             )
         after = clean_accuracy(small, clean.batches(settings.batch_size))
@@ -159,6 +163,7 @@ def scan(
     *,
     input_size: tuple[int, int, int] | None = None,
     total: int | None = None,
+    workers: Workers | None = None,
     progress: Progress | Steps | None = None,
 ) -> Diagnosis:
     """Find suspicious filters and touch nothing.
@@ -169,10 +174,11 @@ def scan(
         settings: Defaults otherwise.
         input_size: ``(channels, height, width)``; needed where there is no loader.
         total: Number of images in the loader, for the progress bar; a DataLoader knows.
+        workers: Processes that all call this with their own part of the images, see ``bshub.parallel.launched``.
         progress: Shows the steps.
 
     Returns:
-        The diagnosis.
+        The diagnosis, the same in every process.
 
     Raises:
         InconclusiveError: Too few images, or no conv-BN pair.
@@ -182,9 +188,9 @@ def scan(
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device, total) if loader is not None else None
+    clean = CleanImages(loader, device, total, workers) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
-    return diagnose(original, size, clean, settings, steps)
+    return diagnose(original, size, clean, settings, steps, workers)
 
 
 def _finite(model: nn.Module) -> bool:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
-from bshub.scoring.statistics import GRID, SHRINK, PairStatistics, filter_norms, mean_correlation, measure
+from bshub.scoring.statistics import PairStatistics, filter_norms, measure
+from bshub.scoring.stream import GRID, SHRINK, mean_correlation
 
 SIZE = (3, 11, 9)  # not a multiple of the grid
 Reading = tuple[str, Sequence[int]]  # batch norm, its channel of each filter

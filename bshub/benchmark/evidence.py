@@ -24,7 +24,8 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import ConvBN, Pairing, find_pairs
 from bshub.graph.trace import in_mode
 from bshub.intake.folders import ClassFolder
-from bshub.scoring.statistics import PairStatistics, activation_of, affine_of, measure
+from bshub.scoring.statistics import PairStatistics, measure
+from bshub.scoring.stream import activation_of, affine_of
 from bshub.scoring.suspiciousness import SCORES
 
 BATCH = 100

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,20 @@ class ClassFolder:
             yield image, label
         if failed == len(self.paths):
             raise InconclusiveError(f"no image under {self.root} can be read", hint="check the folder's files")
+
+    def part(self, of: slice) -> ClassFolder:
+        """The same folder with only some of its images; what is unreadable is noted in both."""
+        return replace(self, paths=self.paths[of], labels=self.labels[of])
+
+    def mixed(self, count: int) -> ClassFolder:
+        """The same images with ``count`` evenly chosen ones first: whoever takes the first ones has all classes."""
+        total = len(self)
+        if total <= count:
+            return self
+        first = [index * total // count for index in range(count)]
+        chosen = set(first)
+        order = [*first, *(index for index in range(total) if index not in chosen)]
+        return replace(self, paths=tuple(self.paths[i] for i in order), labels=tuple(self.labels[i] for i in order))
 
     def batches(self, transform: Callable[[Tensor], Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``(images [n, 3, h, w] float, labels [n])`` in folder order, ``transform`` applied to each image."""

@@ -18,7 +18,8 @@ from bshub.graph.trace import in_mode
 from bshub.intake.preprocessing import Preprocessing
 from bshub.scoring.plan import RemovalPlan
 from bshub.scoring.selection import Threshold
-from bshub.scoring.statistics import PairStatistics, activation_of, affine_of, measure
+from bshub.scoring.statistics import PairStatistics, measure
+from bshub.scoring.stream import activation_of, affine_of
 
 STATISTICS = ("spectral", "saliency", "activation", "correlation", "bn_shift")
 FATES = ("kept", "removed", "silenced", "left with them")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
+from bshub.parallel import Workers
 
 Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -130,9 +131,12 @@ def repair(
     method: str,
     schedule: Schedule,
     *,
+    workers: Workers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> float:
     """Fine-tune the pruned model, in place: SGD with momentum, one-cycle learning rate.
+
+    Several processes each take a part of every batch and step with the mean gradient of all of it.
 
     Args:
         model: The pruned network.
@@ -142,15 +146,16 @@ def repair(
         zeroed: Parameter → indices of its first axis that must stay zero.
         method: Key of ``REPAIRS``.
         schedule: Epochs, learning rate, batch size, seed.
+        workers: Processes that all call this with the same images.
         progress: Called with 1 after every epoch.
 
     Returns:
-        The mean loss of the last epoch (NaN without epochs).
+        The mean loss of the last epoch (NaN without epochs), of this process's images.
 
     Raises:
         UsageError: Unknown method.
     """
-    loss_of = find_repair(method)
+    loss_of, workers = find_repair(method), workers or Workers()
     if not schedule.epochs:
         return float("nan")
     parameters = dict(model.named_parameters())
@@ -176,20 +181,37 @@ def repair(
         for _ in range(schedule.epochs):
             total = 0.0
             for index in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
-                batch = augment(images[index], generator)
-                with torch.no_grad():
-                    answers = teacher(batch)
-                loss = loss_of(model(batch), labels[index], answers)
+                batch, mine = augment(images[index], generator), workers.part(len(index))
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                index, batch = index[mine], batch[mine]
+                if len(index):  # the last batch may be smaller than the number of processes
+                    with torch.no_grad():
+                        answers = teacher(batch)
+                    loss = loss_of(model(batch), labels[index], answers)
+                    loss.backward()
+                    total += float(loss.detach()) * len(index)
+                _average_gradients(list(parameters.values()), len(index), workers)
                 optimizer.step()
                 cycle.step()
                 with torch.no_grad():
                     for parameter, rows in masks.items():
                         parameter[rows] = 0
-                total += float(loss.detach()) * len(index)
             if progress:
                 progress(1)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     return total / len(images)
+
+
+def _average_gradients(parameters: Sequence[nn.Parameter], images: int, workers: Workers) -> None:
+    """The mean over the images of all processes, in each of them; a parameter that none uses keeps no gradient."""
+    if workers.size == 1:
+        return
+    held = [parameter.grad is not None for parameter in parameters]
+    told = workers.sums([images, *held])
+    used = [parameter for parameter, processes in zip(parameters, told[1:], strict=True) if processes]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad * (images / told[0]) for p in used]
+    flat = torch.cat([part.flatten() for part in parts])
+    mean = torch.stack([part[0] for part in workers.gather(flat.unsqueeze(0))]).sum(0)
+    for parameter, part in zip(used, mean.split([p.numel() for p in used]), strict=True):
+        parameter.grad = part.view_as(parameter)

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.errors import InconclusiveError
-from bshub.graph.pairs import ConvBN, Pairing
+from bshub.graph.pairs import Pairing
 from bshub.graph.trace import in_mode
-
-GRID = 4
-SHRINK = 32
+from bshub.parallel import Workers
+from bshub.scoring.stream import Stream, affine_of
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,12 @@ class PairStatistics:
     bn_shift: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Affine:
-    """The batch norm of each filter as ``scale·z + shift``, ``[out]`` each, with its running statistics."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    variance: Tensor
-
-
 def measure(
     model: nn.Module,
     pairing: Pairing,
     batches: Iterable[tuple[Tensor, Tensor]] | None,
     *,
+    workers: Workers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, PairStatistics]:
     """Statistics of every pair.
@@ -69,6 +59,7 @@ def measure(
         model: The network; its parameters and buffers are not changed.
         pairing: Its conv-BN pairs.
         batches: ``(images [n, c, h, w], labels [n])``, on the model's device; None: weights only.
+        workers: Processes that each stream their own batches; all get the statistics of all images.
         progress: Called with the number of images of each finished batch.
 
     Returns:
@@ -91,8 +82,13 @@ def measure(
     }
     if batches is None:
         return {name: PairStatistics(value) for name, value in spectral.items()}
-    streams = {pair.name: _Stream(pair, affines[pair.name]) for pair in pairing.pairs}
+    streams = {pair.name: Stream(pair, affines[pair.name]) for pair in pairing.pairs}
     gradients, count = _run(model, streams, batches, progress)
+    if workers is not None and workers.size > 1:
+        for name, stream in streams.items():
+            stream.merge(workers)
+            gradients[name] = torch.stack(workers.gather(gradients[name].unsqueeze(0))).sum(0)[0]
+        count = int(workers.sums([count])[0])
     return {
         pair.name: PairStatistics(
             spectral=spectral[pair.name],
@@ -134,136 +130,9 @@ def filter_norms(weight: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram.double())[:, -1].clamp_min(0).sqrt().float()
 
 
-def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
-    """The strongest batch norm of each filter; filters without one keep scale 1 and shift 0.
-
-    Args:
-        pair: A conv-BN pair.
-        named: Parameters and buffers of the network, by name.
-
-    Returns:
-        Scale, shift, running mean and variance, ``[out]`` each.
-    """
-    device = named[f"{pair.name}.weight"].device
-    scale = torch.zeros(pair.out_channels, device=device)
-    shift, mean, variance = torch.zeros_like(scale), torch.zeros_like(scale), torch.ones_like(scale)
-    scale[torch.from_numpy(~pair.paired)] = 1
-    for reader in pair.readers:
-        norm = reader.norm
-        filters = torch.from_numpy(reader.filters).to(device)
-        at = torch.from_numpy(reader.channels).to(device)
-        assert norm.weight and norm.mean and norm.variance
-        mu, var = named[norm.mean][at].float(), named[norm.variance][at].float()
-        factor = named[norm.weight].detach()[at].float() / (var + norm.eps).sqrt()
-        beta = named[norm.bias].detach()[at].float() if norm.bias else torch.zeros_like(mu)
-        better = factor.abs() > scale[filters].abs()
-        better |= (variance[filters] == 1) & (mean[filters] == 0) & (scale[filters] == 0)
-        chosen = filters[better]
-        scale[chosen], shift[chosen] = factor[better], (beta - factor * mu)[better]
-        mean[chosen], variance[chosen] = mu[better], var[better]
-    return Affine(scale, shift, mean, variance)
-
-
-class _Stream:
-    """Sums over the conv outputs of one pair; updated batch by batch, read once at the end."""
-
-    def __init__(self, pair: ConvBN, affine: Affine) -> None:
-        out, device = pair.out_channels, affine.scale.device
-        self.pair, self.affine = pair, affine
-        self._act = activation_of(pair)
-        self._images = 0
-        self._norms = torch.zeros(out, device=device)
-        self._points = 0  # positions seen, for the exact moments
-        self._mean = torch.zeros(out, device=device, dtype=torch.float64)
-        self._m2 = torch.zeros(out, device=device, dtype=torch.float64)
-        self._rows = 0  # grid positions seen, for the correlation
-        self._grid_mean = torch.zeros(out, device=device, dtype=torch.float64)
-        self._comoment = torch.zeros(out, out, device=device)
-
-    def update(self, z: Tensor) -> None:
-        """Add one batch of conv outputs ``(n, out, h, w)`` (any number of spatial axes)."""
-        z = z.detach().float().flatten(2)  # (n, out, positions)
-        a = self._act(z * self.affine.scale.unsqueeze(1) + self.affine.shift.unsqueeze(1))
-        self._norms += a.square().mean(2).sqrt().sum(0)
-        self._images += len(z)
-
-    def update_moments(self, z: Tensor) -> None:
-        """Add the batch to the moments and co-moments (Chan's pairwise update)."""
-        z = z.detach().float()
-        variance, mean = torch.var_mean(z.transpose(0, 1).flatten(1), 1, correction=0)
-        self._points, self._mean, self._m2 = _merge(
-            self._points, self._mean, self._m2, z.numel() // z.shape[1], mean.double(), variance.double()
-        )
-        if z.ndim == 4:
-            z = F.adaptive_avg_pool2d(z, (min(GRID, z.shape[2]), min(GRID, z.shape[3])))
-        rows = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (n * grid, out)
-        count, mean = len(rows), rows.mean(0)
-        centred = rows - mean
-        delta = (mean.double() - self._grid_mean).float()
-        total = self._rows + count
-        self._comoment.addmm_(centred.T, centred)
-        self._comoment.addr_(delta, delta, alpha=self._rows * count / total)
-        self._grid_mean += delta.double() * (count / total)
-        self._rows = total
-
-    def activation(self) -> Tensor:
-        """``[out]``."""
-        return (self._norms / max(self._images, 1)).cpu()
-
-    def correlation(self) -> Tensor:
-        """``[out]``; filters whose map never changes correlate with nothing."""
-        return mean_correlation(self._comoment).cpu()
-
-    def bn_shift(self, images: int) -> Tensor:
-        """``[out]``."""
-        variance = (self._m2 / max(self._points, 1)).float() + 1e-5
-        reference = self.affine.variance + 1e-5
-        gap = self._mean.float() - self.affine.mean
-        kl = 0.5 * ((reference / variance).log() + (variance + gap.square()) / reference - 1)
-        return (kl * images / (images + SHRINK)).cpu()
-
-
-def mean_correlation(comoment: Tensor) -> Tensor:
-    """Mean absolute Pearson correlation with the other filters.
-
-    Args:
-        comoment: ``Σ (x - mean)(x - mean)ᵀ``, ``(out, out)``.
-
-    Returns:
-        ``[out]``; 0 for a constant filter or a layer of one.
-    """
-    deviation = comoment.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(deviation > 1e-6 * deviation.max().clamp_min(1e-30), 1 / deviation, 0)
-    pearson = (comoment * inverse).mul_(inverse.unsqueeze(1)).abs_().clamp_max_(1)
-    pearson.fill_diagonal_(0)
-    return pearson.sum(1) / max(len(comoment) - 1, 1)
-
-
-def _merge(n: int, mean: Tensor, m2: Tensor, k: int, other: Tensor, variance: Tensor) -> tuple[int, Tensor, Tensor]:
-    total, delta = n + k, other - mean
-    return total, mean + delta * (k / total), m2 + variance * k + delta.square() * (n * k / total)
-
-
-def activation_of(pair: ConvBN) -> Callable[[Tensor], Tensor]:
-    """The activation that follows a pair's first batch norm, or the identity.
-
-    Args:
-        pair: A conv-BN pair.
-
-    Returns:
-        A function of ``BN(z)``, of the same shape.
-    """
-    found = pair.readers[0].activation
-    if found is None:
-        return lambda z: z
-    name, args = found
-    operation: Any = getattr(torch.ops.aten, name)
-    return lambda z: operation(z, *args)
-
-
 def _run(
     model: nn.Module,
-    streams: dict[str, _Stream],
+    streams: dict[str, Stream],
     batches: Iterable[tuple[Tensor, Tensor]],
     progress: Callable[[int], None] | None,
 ) -> tuple[dict[str, Tensor], int]:
@@ -301,8 +170,8 @@ def _only_these(model: nn.Module, weights: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(model: nn.Module, streams: dict[str, _Stream]) -> Iterator[None]:
-    def see(stream: _Stream, module: nn.Module, args: Any, output: Tensor) -> None:
+def _watching(model: nn.Module, streams: dict[str, Stream]) -> Iterator[None]:
+    def see(stream: Stream, module: nn.Module, args: Any, output: Tensor) -> None:
         with torch.no_grad():
             stream.update(output)
             stream.update_moments(output)

@@ -1,4 +1,4 @@
-"""Train the models of ``zoo.txt`` with ``bshub attack``: ``python examples/benchmark/zoo.py --data CIFAR --out out/zoo``.
+"""Train the models of ``zoo.txt`` with ``bshub attack``: ``zoo.py --data CIFAR --out out/zoo``.
 
 Models that are there are kept and an interrupted one is continued, so the command may be killed and repeated. With
 ``--images 10000`` a fixed tenth part of every class is hard-linked into a folder of its own and trained on.

@@ -1,0 +1,184 @@
+"""Sums over the outputs of one convolution, for its filters' statistics; ``statistics.py`` says what they are.
+
+The sums of several processes are merged by the same formula as those of several batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bshub.graph.pairs import ConvBN
+from bshub.parallel import Workers
+
+GRID = 4
+SHRINK = 32
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The batch norm of each filter as ``scale·z + shift``, ``[out]`` each, with its running statistics."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
+    """The strongest batch norm of each filter; filters without one keep scale 1 and shift 0.
+
+    Args:
+        pair: A conv-BN pair.
+        named: Parameters and buffers of the network, by name.
+
+    Returns:
+        Scale, shift, running mean and variance, ``[out]`` each.
+    """
+    device = named[f"{pair.name}.weight"].device
+    scale = torch.zeros(pair.out_channels, device=device)
+    shift, mean, variance = torch.zeros_like(scale), torch.zeros_like(scale), torch.ones_like(scale)
+    scale[torch.from_numpy(~pair.paired)] = 1
+    for reader in pair.readers:
+        norm = reader.norm
+        filters = torch.from_numpy(reader.filters).to(device)
+        at = torch.from_numpy(reader.channels).to(device)
+        assert norm.weight and norm.mean and norm.variance
+        mu, var = named[norm.mean][at].float(), named[norm.variance][at].float()
+        factor = named[norm.weight].detach()[at].float() / (var + norm.eps).sqrt()
+        beta = named[norm.bias].detach()[at].float() if norm.bias else torch.zeros_like(mu)
+        better = factor.abs() > scale[filters].abs()
+        better |= (variance[filters] == 1) & (mean[filters] == 0) & (scale[filters] == 0)
+        chosen = filters[better]
+        scale[chosen], shift[chosen] = factor[better], (beta - factor * mu)[better]
+        mean[chosen], variance[chosen] = mu[better], var[better]
+    return Affine(scale, shift, mean, variance)
+
+
+class Stream:
+    """Sums over the conv outputs of one pair; updated batch by batch, read once at the end."""
+
+    def __init__(self, pair: ConvBN, affine: Affine) -> None:
+        self.pair, self.affine = pair, affine
+        self._act = activation_of(pair)
+        self._clear()
+
+    def _clear(self) -> None:
+        out, device = self.pair.out_channels, self.affine.scale.device
+        self._images = 0
+        self._norms = torch.zeros(out, device=device)
+        self._points = 0  # positions seen, for the exact moments
+        self._mean = torch.zeros(out, device=device, dtype=torch.float64)
+        self._m2 = torch.zeros(out, device=device, dtype=torch.float64)
+        self._rows = 0  # grid positions seen, for the correlation
+        self._grid_mean = torch.zeros(out, device=device, dtype=torch.float64)
+        self._comoment = torch.zeros(out, out, device=device)
+
+    def update(self, z: Tensor) -> None:
+        """Add one batch of conv outputs ``(n, out, h, w)`` (any number of spatial axes)."""
+        z = z.detach().float().flatten(2)  # (n, out, positions)
+        a = self._act(z * self.affine.scale.unsqueeze(1) + self.affine.shift.unsqueeze(1))
+        self._norms += a.square().mean(2).sqrt().sum(0)
+        self._images += len(z)
+
+    def update_moments(self, z: Tensor) -> None:
+        """Add the batch to the moments and co-moments (Chan's pairwise update)."""
+        z = z.detach().float()
+        variance, mean = torch.var_mean(z.transpose(0, 1).flatten(1), 1, correction=0)
+        self._points, self._mean, self._m2 = _merge(
+            self._points, self._mean, self._m2, z.numel() // z.shape[1], mean.double(), variance.double()
+        )
+        if z.ndim == 4:
+            z = F.adaptive_avg_pool2d(z, (min(GRID, z.shape[2]), min(GRID, z.shape[3])))
+        rows = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (n * grid, out)
+        mean = rows.mean(0)
+        centred = rows - mean
+        self._comoment.addmm_(centred.T, centred)
+        self._shift(len(rows), mean.double())
+
+    def _shift(self, count: int, mean: Tensor) -> None:
+        """Account for ``count`` new rows around another mean, whose own co-moments are already added."""
+        delta, total = (mean - self._grid_mean).float(), self._rows + count
+        self._comoment.addr_(delta, delta, alpha=self._rows * count / total)
+        self._grid_mean += delta.double() * (count / total)
+        self._rows = total
+
+    def merge(self, workers: Workers) -> None:
+        """Put the sums of all processes together, in their order, in each of them.
+
+        Args:
+            workers: The processes.
+        """
+        counts = torch.tensor([[self._images, self._points, self._rows]])
+        vectors = torch.stack((self._norms.double(), self._mean, self._m2, self._grid_mean)).unsqueeze(0)
+        sums = workers.gather(counts), workers.gather(vectors), workers.gather(self._comoment.unsqueeze(0))
+        self._clear()
+        for count, vector, comoment in zip(*sums, strict=True):
+            (images, points, rows), (norms, mean, m2, grid_mean) = count[0].tolist(), vector[0]
+            self._images += images
+            self._norms += norms.float()
+            if points:
+                merged = _merge(self._points, self._mean, self._m2, points, mean, m2 / points)
+                self._points, self._mean, self._m2 = merged
+            if rows:
+                self._comoment += comoment[0]
+                self._shift(rows, grid_mean)
+
+    def activation(self) -> Tensor:
+        """``[out]``."""
+        return (self._norms / max(self._images, 1)).cpu()
+
+    def correlation(self) -> Tensor:
+        """``[out]``; filters whose map never changes correlate with nothing."""
+        return mean_correlation(self._comoment).cpu()
+
+    def bn_shift(self, images: int) -> Tensor:
+        """``[out]``."""
+        variance = (self._m2 / max(self._points, 1)).float() + 1e-5
+        reference = self.affine.variance + 1e-5
+        gap = self._mean.float() - self.affine.mean
+        kl = 0.5 * ((reference / variance).log() + (variance + gap.square()) / reference - 1)
+        return (kl * images / (images + SHRINK)).cpu()
+
+
+def mean_correlation(comoment: Tensor) -> Tensor:
+    """Mean absolute Pearson correlation with the other filters.
+
+    Args:
+        comoment: ``Σ (x - mean)(x - mean)ᵀ``, ``(out, out)``.
+
+    Returns:
+        ``[out]``; 0 for a constant filter or a layer of one.
+    """
+    deviation = comoment.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(deviation > 1e-6 * deviation.max().clamp_min(1e-30), 1 / deviation, 0)
+    pearson = (comoment * inverse).mul_(inverse.unsqueeze(1)).abs_().clamp_max_(1)
+    pearson.fill_diagonal_(0)
+    return pearson.sum(1) / max(len(comoment) - 1, 1)
+
+
+def _merge(n: int, mean: Tensor, m2: Tensor, k: int, other: Tensor, variance: Tensor) -> tuple[int, Tensor, Tensor]:
+    total, delta = n + k, other - mean
+    return total, mean + delta * (k / total), m2 + variance * k + delta.square() * (n * k / total)
+
+
+def activation_of(pair: ConvBN) -> Callable[[Tensor], Tensor]:
+    """The activation that follows a pair's first batch norm, or the identity.
+
+    Args:
+        pair: A conv-BN pair.
+
+    Returns:
+        A function of ``BN(z)``, of the same shape.
+    """
+    found = pair.readers[0].activation
+    if found is None:
+        return lambda z: z
+    name, args = found
+    operation: Any = getattr(torch.ops.aten, name)
+    return lambda z: operation(z, *args)
