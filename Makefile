@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs recording fuzz lines results coverage coverage-speed round-trip lock clean
+.PHONY: help setup demo test lint docs recording fuzz lines results coverage coverage-speed bench-speed bench-check round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -70,6 +70,12 @@ coverage: setup ## probe every model of examples/coverage/models.txt (hours) and
 
 coverage-speed: setup ## time trace + plan + removal beside Torch-Pruning and rewrite docs/coverage-speed.md
 	$(BIN)/python examples/coverage/speed.py --out docs/coverage-speed.md
+
+bench-speed: setup ## measure costs beside what they are compared with (half an hour) and rewrite docs/performance.md
+	$(BIN)/python examples/benchmark/speed.py --out docs/performance.md
+
+bench-check: setup ## the cheap ratios only; fails where one is out of its generous bounds
+	@$(BIN)/python examples/benchmark/speed.py --check
 
 round-trip: setup ## sanitize six networks, publish them to a Hub on this machine and load them by every route
 	$(BIN)/python examples/round_trip.py --out docs/round-trip.md

@@ -104,7 +104,9 @@ def sanitize(
     warnings = list(diagnosis.warnings)
     repaired = bool(removal.plan.flagged) and settings.finetune_epochs > 0
     if repaired:
-        schedule = Schedule(settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed)
+        schedule = Schedule(
+            settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
+        )
         before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         with steps.step("repair", settings.finetune_epochs) as advance:
             repair(

@@ -47,6 +47,7 @@ def sanitize(
     finetune_lr: Annotated[
         float, typer.Option("--finetune-lr", "--lr", help="Peak learning rate of these passes.")
     ] = 0.002,
+    precision: Annotated[str, typer.Option(help="Of the repair: fp32, or bf16 where it is faster.")] = "fp32",
     batch_size: options.BatchSize = 32,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and compare ONNX.")] = True,
     dense: Annotated[
@@ -97,6 +98,7 @@ def sanitize(
             repair=repair,
             finetune_epochs=finetune_epochs,
             finetune_lr=finetune_lr,
+            precision=precision,
             batch_size=batch_size,
             seed=seed,
             device=device,

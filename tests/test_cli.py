@@ -195,6 +195,7 @@ REFUSALS: dict[str, tuple[int, str, list[str]]] = {
         2, "something else", ["{model}", "--clean-dir", "{clean}", "-o", "{photos}", "--overwrite"],
     ),
     "nan lr": (2, "finetune_lr", ["{model}", "--clean-dir", "{clean}", "--finetune-lr", "nan"]),
+    "precision": (2, "fp32 or bf16", ["{model}", "--clean-dir", "{clean}", "--precision", "fp16"]),
     "nan mu": (2, "mu must be", ["{model}", "--clean-dir", "{clean}", "--mu", "nan"]),
     "word mu": (2, "mu must be", ["{model}", "--clean-dir", "{clean}", "--mu", "low"]),
     "nan budget": (2, "budget", ["{model}", "--clean-dir", "{clean}", "--budget", "nan"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,3 +179,21 @@ def test_a_few_images_and_a_few_epochs_are_enough(images: int, epochs: int) -> N
     batch, labels = torch.randn(images, 3, 8, 8), torch.arange(images) % 3
     schedule = Schedule(epochs=epochs, lr=0.002, batch_size=32, seed=0)
     assert math.isfinite(repair(model, copy.deepcopy(model), batch, labels, {}, "distil", schedule))
+
+
+@pytest.mark.parametrize("method", REPAIRS)
+def test_in_bf16_it_learns_nearly_the_same_and_the_weights_stay_float32(
+    trained: nn.Module, pruned: nn.Module, method: str
+) -> None:
+    full, half = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    run(full, trained, method)
+    run(half, trained, method, replace(SHORT, precision="bf16"))
+    moved = apart = 0.0
+    for start, one, two in zip(pruned.parameters(), full.parameters(), half.parameters(), strict=True):
+        assert two.dtype == torch.float32
+        moved += float((one - start).square().sum())
+        apart += float((one - two).square().sum())
+    assert 0 < apart < 0.05 * moved
+    for name, rows in ZEROED.items():
+        if rows:
+            assert not half.get_parameter(name)[rows].any(), name

@@ -35,12 +35,14 @@ class Schedule:
         lr: Peak learning rate.
         batch_size: Images per step.
         seed: Of order and augmentation.
+        precision: ``fp32`` or ``bf16`` (autocast; weights, gradients and the loss stay float32).
     """
 
     epochs: int
     lr: float
     batch_size: int
     seed: int
+    precision: str = "fp32"
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -185,9 +187,11 @@ def repair(
                 optimizer.zero_grad(set_to_none=True)
                 index, batch = index[mine], batch[mine]
                 if len(index):  # the last batch may be smaller than the number of processes
-                    with torch.no_grad():
-                        answers = teacher(batch)
-                    loss = loss_of(model(batch), labels[index], answers)
+                    with torch.autocast(batch.device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+                        with torch.no_grad():
+                            answers = teacher(batch)
+                        logits = model(batch)
+                    loss = loss_of(logits.float(), labels[index], answers.float())
                     loss.backward()
                     total += float(loss.detach()) * len(index)
                 _average_gradients(list(parameters.values()), len(index), workers)

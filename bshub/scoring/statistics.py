@@ -121,11 +121,11 @@ def filter_norms(weight: Tensor) -> Tensor:
         ``[out]``, of ``W[o]`` reshaped to ``(in/groups, prod(kernel))``.
     """
     matrix = weight.detach().float().flatten(2) if weight.ndim > 2 else weight.detach().float().unsqueeze(-1)
+    if 1 in matrix.shape[1:]:  # 1x1 or depthwise: a vector has one singular value, its length
+        return torch.linalg.vector_norm(matrix, dim=(1, 2))
     if matrix.shape[1] < matrix.shape[2]:
         matrix = matrix.transpose(1, 2)
     gram = matrix.transpose(1, 2) @ matrix  # (out, k, k), k = min(in/groups, prod(kernel))
-    if gram.shape[-1] == 1:
-        return gram.flatten().sqrt()
     # float64: the Gram matrix squares the condition number
     return torch.linalg.eigvalsh(gram.double())[:, -1].clamp_min(0).sqrt().float()
 
@@ -174,7 +174,6 @@ def _watching(model: nn.Module, streams: dict[str, Stream]) -> Iterator[None]:
     def see(stream: Stream, module: nn.Module, args: Any, output: Tensor) -> None:
         with torch.no_grad():
             stream.update(output)
-            stream.update_moments(output)
 
     handles = [
         model.get_submodule(name).register_forward_hook(partial(see, stream)) for name, stream in streams.items()

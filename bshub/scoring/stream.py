@@ -81,18 +81,32 @@ class Stream:
 
     def update(self, z: Tensor) -> None:
         """Add one batch of conv outputs ``(n, out, h, w)`` (any number of spatial axes)."""
-        z = z.detach().float().flatten(2)  # (n, out, positions)
-        a = self._act(z * self.affine.scale.unsqueeze(1) + self.affine.shift.unsqueeze(1))
-        self._norms += a.square().mean(2).sqrt().sum(0)
+        z = z.detach().float()
+        self._update_norms(z.flatten(2))
+        self._update_comoments(z)
+
+    def _update_norms(self, z: Tensor) -> None:
+        """Norms and moments, from maps ``(n, out, positions)``.
+
+        ``torch.var_mean`` would take as long as a convolution. Sums of squares are as exact once the running mean is
+        taken away, and those of each image, which has equally many positions, are put together in float64.
+        """
+        affine, points = self.affine, z.shape[2]
+        centred = z - affine.mean.unsqueeze(1)
+        means = centred.mean(2).double()
+        squares = torch.linalg.vector_norm(centred, dim=2).double().square() / points
+        mean = means.mean(0)
+        variance = (squares.mean(0) - mean.square()).clamp_min(0)
+        self._points, self._mean, self._m2 = _merge(
+            self._points, self._mean, self._m2, len(z) * points, mean + affine.mean.double(), variance
+        )
+        beta = affine.shift + affine.scale * affine.mean
+        a = self._act(torch.addcmul(beta.unsqueeze(1), centred, affine.scale.unsqueeze(1)))
+        self._norms += torch.linalg.vector_norm(a, dim=2).sum(0) / points**0.5
         self._images += len(z)
 
-    def update_moments(self, z: Tensor) -> None:
-        """Add the batch to the moments and co-moments (Chan's pairwise update)."""
-        z = z.detach().float()
-        variance, mean = torch.var_mean(z.transpose(0, 1).flatten(1), 1, correction=0)
-        self._points, self._mean, self._m2 = _merge(
-            self._points, self._mean, self._m2, z.numel() // z.shape[1], mean.double(), variance.double()
-        )
+    def _update_comoments(self, z: Tensor) -> None:
+        """Co-moments of the maps averaged to the grid (Chan's pairwise update)."""
         if z.ndim == 4:
             z = F.adaptive_avg_pool2d(z, (min(GRID, z.shape[2]), min(GRID, z.shape[3])))
         rows = z.flatten(2).transpose(1, 2).flatten(0, 1)  # (n * grid, out)

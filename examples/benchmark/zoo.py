@@ -73,13 +73,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="holds train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", help="only the models of that set")
+    parser.add_argument("--names", nargs="+", help="only these, in this order")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=64, help="channels of ResNet-18's first stage; 64 is the full one")
     parser.add_argument("--epochs", type=int, default=15)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = subset(args.data, args.out / f"data-{args.images}", args.images)
-    for row in models(args.set):
+    rows = models(args.set)
+    for row in [row for name in args.names for row in rows if row["name"] == name] if args.names else rows:
         train(row, data, args.out, args.width, args.epochs)
 
 

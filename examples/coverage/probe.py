@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,13 @@ def rebuilds(reference: str, folder: Path) -> bool:
     given = load_file(folder / "io.safetensors")
     with torch.no_grad():
         return torch.equal(model.eval()(given["images"]), given["logits"])
+
+
+def original_onnx(reference: str) -> bool:
+    """Whether the untouched network can be exported; raises what export raises."""
+    model, size = build(reference)
+    with tempfile.TemporaryDirectory() as folder:
+        return export_onnx(model, torch.randn(4, *size), Path(folder) / "model.onnx").holds
 
 
 def probe(reference: str, with_onnx: bool, folder: Path) -> dict[str, Any]:

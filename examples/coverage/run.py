@@ -28,7 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MARKS = ("forward", "exact", "reach", "smaller", "trains", "rebuilt", "onnx")
-CPU = {"probe": 300, "rebuilds": 120, "peer": 120}  # seconds of CPU time that a task may take
+CPU = {"probe": 300, "rebuilds": 120, "original": 300, "peer": 120}  # seconds of CPU time that a task may take
 WALL = 1800
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["warm"])
@@ -67,6 +67,10 @@ def judge(
                 row["rebuilt"] = again.get("value", False)
                 row |= {"rebuilt_error": again["failed"]} if "failed" in again else {}
             row = {"kind": kind, "model": name, "commit": commit(), **row}
+        if row.get("onnx") is False and "original_onnx" not in row:
+            found = alone("original", name, onnx, folder)
+            row["original_onnx"] = found.get("value", False)
+            row |= {"original_onnx_error": found["failed"]} if "failed" in found else {}
         if peer and "peer" not in row:
             row = {**row, "peer": alone("peer", name, peer_onnx, folder)}
     return row
@@ -104,6 +108,7 @@ def _child(task: str, name: str, onnx: bool, folder: str, answer: Path) -> None:
     work = {
         "probe": lambda: probe.probe(name, onnx, Path(folder)),
         "rebuilds": lambda: {"value": probe.rebuilds(name, Path(folder))},
+        "original": lambda: {"value": probe.original_onnx(name)},
         "peer": lambda: peer.peer(name, onnx, Path(folder)),
     }
     try:
@@ -136,6 +141,8 @@ def page(rows: list[dict[str, Any]], total: int) -> str:
         "classifier kept, 120 s of CPU time); exact means 1e-6 relative in float64 against the same oracle. Its ONNX",
         "is only run with `--peer-onnx`; it cannot exceed *forward*.",
         "",
+        *_exporter(rows),
+        *_out_of_time(rows),
         f"The library's commit behind the rows: {made}.",
         *([f"{carried} of Torch-Pruning's rows are from an earlier run of the same script."] if carried else []),
         "",
@@ -157,6 +164,26 @@ def page(rows: list[dict[str, Any]], total: int) -> str:
         lines.append("|---|---|---|---|---|---|---|")
         lines += [_line(row) for row in sorted(rows, key=lambda row: row["model"]) if row["kind"] == kind]
     return "\n".join([*lines, ""])
+
+
+def _exporter(rows: list[dict[str, Any]]) -> list[str]:
+    """Whose fault the missed *onnx* is."""
+    missed = [row for row in rows if row.get("onnx") is False]
+    alike = [row for row in missed if row.get("original_onnx") is False]
+    if not missed:
+        return []
+    names = ", ".join(row["model"].partition("/")[2] for row in alike)
+    text = f"Of the {len(missed)} networks that miss *onnx*, {len(alike)} miss it untouched as well"
+    return [text + (f" ({names})." if alike else "."), ""]
+
+
+def _out_of_time(rows: list[dict[str, Any]]) -> list[str]:
+    """How many of the peer's misses are its time limit, which a faster machine may not see."""
+    late = Counter(row["kind"] for row in rows if "CPU time" in row.get("peer", {}).get("failed", ""))
+    if not late:
+        return []
+    kinds = ", ".join(f"{late[kind]} {title}" for kind, title in KINDS.items() if late[kind])
+    return [f"{sum(late.values())} of Torch-Pruning's rows ended at its time limit ({kinds}).", ""]
 
 
 def _total(rows: list[dict[str, Any]], mark: str) -> str:
@@ -204,6 +231,11 @@ def _short(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def _whole(row: dict[str, Any], peer: bool) -> bool:
+    """Whether nothing of a row is missing."""
+    return ("peer" in row or not peer) and (row.get("onnx") is not False or "original_onnx" in row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -219,7 +251,7 @@ def main() -> None:
     store = args.out.with_suffix(".jsonl")
     rows = {row["model"]: row for row in map(json.loads, store.read_text().splitlines())} if store.exists() else {}
     kinds = {name: kind for kind, name in models()}
-    done = [] if args.names else [name for name, row in rows.items() if "peer" in row or not args.peer]
+    done = [] if args.names else [name for name, row in rows.items() if _whole(row, args.peer)]
     asked = args.names or [name for name in kinds if name not in done]
     known = {} if args.names else rows
     todo = [(kinds[name], name) for name in asked if args.only in (None, kinds[name])]

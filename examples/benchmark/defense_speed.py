@@ -1,0 +1,71 @@
+"""What a whole sanitize costs beside the published defenses, on the demo's model with its hundred clean images."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from demo import demo
+from look_speed import bare
+
+from bshub.clean import CleanImages
+from bshub.evaluation.defenses.interface import DefenseSettings
+from bshub.evaluation.defenses.registry import find_defense
+from bshub.pipeline import SanitizeResult, sanitize
+from bshub.settings import Settings
+
+# Share of the published iterations that is run, twice where it is not all of them: the rest is added in proportion.
+EFFORTS: dict[str, tuple[float, ...]] = {"clp": (1,), "ft": (1,), "nad": (1,), "awm": (0.1, 0.2), "anp": (0.01, 0.02)}
+
+
+def _ours(settings: Settings) -> tuple[float, SanitizeResult]:
+    source, batches = demo()
+    start = time.process_time()
+    result = sanitize(source.module, batches, settings)
+    return time.process_time() - start, result
+
+
+def defense_rows() -> list[dict[str, Any]]:
+    """CPU seconds of each, and their ratio to ours and to a bare forward and backward over the images."""
+    source, batches = demo()
+    bare(copy.deepcopy(source.module), batches)
+    start = time.process_time()
+    bare(copy.deepcopy(source.module), batches)
+    step = time.process_time() - start
+    seconds, result = _ours(Settings(device="cpu"))
+    parts = {name: round(value, 2) for name, value in result.report["seconds"].items()}
+    rows = [{"method": "bshub", "seconds": seconds, "efforts": [1], "parts": parts}]
+    for name, efforts in EFFORTS.items():
+        taken = [_theirs(name, effort) for effort in efforts]
+        whole = taken[0]
+        if len(efforts) == 2:
+            per_effort = (taken[1] - taken[0]) / (efforts[1] - efforts[0])
+            whole = taken[0] + per_effort * (1 - efforts[0])
+        rows.append({"method": name, "seconds": whole, "efforts": list(efforts), "measured": taken})
+    return [{**row, "steps": row["seconds"] / step, "ratio": row["seconds"] / seconds} for row in rows]
+
+
+def _theirs(name: str, effort: float) -> float:
+    source, batches = demo()
+    clean = CleanImages(batches, torch.device("cpu"))
+    start = time.process_time()
+    find_defense(name)(source.module, clean, DefenseSettings(seed=0, effort=effort))
+    return time.process_time() - start
+
+
+def precision_rows() -> list[dict[str, Any]]:
+    """The repair in bf16 beside float32: its time, the plan, and how many clean images stay right."""
+    found = {precision: _ours(Settings(device="cpu", precision=precision))[1] for precision in ("fp32", "bf16")}
+    full, half = found["fp32"].report, found["bf16"].report
+    return [
+        {
+            "repair_fp32": full["seconds"]["repair"],
+            "repair_bf16": half["seconds"]["repair"],
+            "ratio": half["seconds"]["repair"] / full["seconds"]["repair"],
+            "same_plan": found["fp32"].plan == found["bf16"].plan,
+            "accuracy_fp32": full["clean_images"]["accuracy_after"],
+            "accuracy_bf16": half["clean_images"]["accuracy_after"],
+        }
+    ]

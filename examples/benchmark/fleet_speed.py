@@ -1,0 +1,35 @@
+"""A fleet of copies of the demo's model with one worker and with two: how far the second one helps."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from demo import DEMO
+
+MODELS = 6
+BSHUB = str(Path(sys.executable).with_name("bshub"))
+
+
+def fleet_rows() -> list[dict[str, Any]]:
+    """Wall seconds of the whole command, start of Ray included."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [Path(folder) / f"model-{index}" for index in range(MODELS)]
+        for name in names:
+            shutil.copytree(DEMO / "model", name)
+        models = Path(folder) / "models.txt"
+        models.write_text("".join(f"{name}\n" for name in names))
+        rows = []
+        for workers in (1, 2, 2):  # the last finds everything done: what is left is starting and stopping
+            command = [BSHUB, "fleet", str(models), "--clean-dir", str(DEMO / "clean"), "--json", "--quiet"]
+            command += ["--workers", str(workers), "--output", str(Path(folder) / f"out-{workers}")]
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            rows.append({"workers": workers, "models": MODELS, "wall": time.perf_counter() - start})
+        start = rows.pop()["wall"]
+        return [{**row, "start": start, "speedup": rows[0]["wall"] / row["wall"]} for row in rows]
