@@ -177,11 +177,11 @@ def _fleet(rows: Rows) -> list[str]:
 
 def _estimate(each: float) -> str:
     """What the whole Hub would cost, from the core-seconds of one small model."""
-    hours, download = HUB * each / 3600, DOWNLOAD / LINE
+    hours, download, times = HUB * each / 3600, DOWNLOAD / LINE, RESNET50 / DEMO
     return (
         f"**{HUB:,} checkpoints of the Hub, on paper.** One such model costs {each:.0f} core-seconds here: "
         f"{hours:,.0f} core-hours, or {hours / NODE:,.0f} hours of a node of {NODE} cores. A ResNet-50 at 224 px needs "
-        f"about {RESNET50 / DEMO:.0f} times the arithmetic per image, hence up to {hours / NODE * RESNET50 / DEMO:,.0f} "
+        f"about {times:.0f} times the arithmetic per image, hence up to {hours / NODE * times:,.0f} "
         f"node-hours. Assumed {DOWNLOAD / 1e6:.0f} MB a checkpoint and {LINE / 1e6:.0f} MB/s a node, downloading takes "
         f"{HUB * download / 3600:,.0f} node-hours: for small networks the line is the bottleneck ({download:.0f} s a "
         f"model against {each / NODE:.2f} s of a whole node), for large ones the cores. Memory, by the table above up "

@@ -30,7 +30,7 @@ def features(model: Any, images: torch.Tensor) -> bool:
 
 
 def classifier(model: Any, images: torch.Tensor) -> bool:
-    """``get_classifier()`` reads ``head_hidden_size`` inputs (``num_features`` where there is no such width)."""
+    """``get_classifier()`` reads ``head_hidden_size`` inputs, or ``num_features`` where there is no such width."""
     head = model.get_classifier()
     width = getattr(model, "head_hidden_size", None) or model.num_features
     return (head.in_features if isinstance(head, nn.Linear) else head.in_channels) == width
@@ -46,8 +46,9 @@ def new_classifier(model: Any, images: torch.Tensor) -> bool:
 def levels(model: Any, images: torch.Tensor) -> bool:
     """``feature_info`` has the channels of each intermediate."""
     found = model.forward_intermediates(images, intermediates_only=True)
-    return [level.shape[1] for level in found] == list(model.feature_info.channels() if callable(
-        getattr(model.feature_info, "channels", None)) else [info["num_chs"] for info in model.feature_info])  # fmt: skip
+    info = model.feature_info
+    told = info.channels() if hasattr(info, "channels") else [level["num_chs"] for level in info]
+    return [level.shape[1] for level in found] == list(told)
 
 
 PROPERTIES: dict[str, Callable[[Any, torch.Tensor], bool]] = {
