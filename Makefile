@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs recording fuzz lines results coverage coverage-speed bench-speed bench-check round-trip lock clean
+.PHONY: help setup demo test lint docs recording fuzz lines zoo results bench-quick starters coverage coverage-speed bench-speed bench-check round-trip lock clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -62,8 +62,29 @@ lines: setup ## the share of the lines of bshub/intake and bshub/files.py that t
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --cov=bshub.intake --cov=bshub.files --cov-fail-under=95 \
 	    --cov-report=term-missing:skip-covered $(INTAKE_TESTS)
 
-results: setup ## rewrite docs/results.md from the models of the shared folder
-	$(BIN)/python examples/zoo_results.py --shared $(SHARED) --out docs/results.md
+# The grid that two cores allow; the full one is WIDTH=64 EPOCHS=100 EFFORT=1 SEEDS=0,1,2 TEST_IMAGES=10000.
+WIDTH ?= 16
+EPOCHS ?= 6
+EFFORT ?= 0.1
+SEEDS ?= 0
+TEST_IMAGES ?= 2000
+ZOO ?= out/zoo
+
+$(ZOO)/cifar10:
+	@mkdir -p $@.partial && tar -xJf $(SHARED)/data/cifar10-jpeg.tar.xz -C $@.partial && mv $@.partial $@
+
+zoo: setup $(ZOO)/cifar10 ## train the models that the benchmark defends (hours; may be killed and repeated)
+	$(BIN)/python examples/benchmark/zoo.py --data $(ZOO)/cifar10 --out $(ZOO) --width $(WIDTH) --epochs $(EPOCHS)
+
+results: setup ## run the experiments on the zoo (hours; may be killed and repeated) and rewrite docs/results.md
+	$(BIN)/python examples/benchmark/experiments.py --zoo $(ZOO) --data $(ZOO)/data-50000 --out docs/results.md \
+	    --effort $(EFFORT) --seeds $(SEEDS) --test-images $(TEST_IMAGES)
+
+bench-quick: setup ## a small corner of the benchmark, on the demo's model, in some minutes: out/bench-quick/results.md
+	@OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark/quick.py --out out/bench-quick
+
+starters: setup ## rewrite docs/starter-results.md from the models of the shared folder
+	$(BIN)/python examples/benchmark/starters.py --shared $(SHARED) --out docs/starter-results.md
 
 coverage: setup ## probe every model of examples/coverage/models.txt (hours) and rewrite docs/coverage.md
 	$(BIN)/python examples/coverage/run.py --out docs/coverage.md --jobs 2

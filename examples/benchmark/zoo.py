@@ -15,7 +15,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ARCHITECTURES = {"resnet18": "timm/resnet18?num_classes=10&stem=cifar&channels={w},{2w},{4w},{8w}&input_size=32"}
+CIFAR = "num_classes=10&stem=cifar"
+ARCHITECTURES = {  # {w}: the width that is asked for; the others are small by themselves
+    "resnet18": f"timm/resnet18?{CIFAR}&channels={{w}},{{2w}},{{4w}},{{8w}}&input_size=32",
+    "resnet34": f"timm/resnet34?{CIFAR}&channels={{w}},{{2w}},{{4w}},{{8w}}&input_size=32",
+    "vgg11": "timm/vgg11_bn?num_classes=10&mlp_ratio=0.125&input_size=32",
+    "densenet": f"timm/densenet121?{CIFAR}&growth_rate=8&block_config=6,12,12&input_size=32",
+    "mobilenetv3": f"timm/mobilenetv3_large_075?{CIFAR}&input_size=32",
+}
 
 
 def models(wanted: str | None = None) -> list[dict[str, str]]:

@@ -1,0 +1,131 @@
+"""Run the experiments of the benchmark on the zoo and write ``docs/results.md``.
+
+    python examples/benchmark/experiments.py --zoo out/zoo --data out/zoo/data-50000 --out docs/results.md \
+        [--only 1 3] [--effort 0.1] [--seeds 0,1,2] [--test-images 2000] [--page]
+
+Rows go to ``results/rows.jsonl`` beside the page as they are measured; what is there is not measured again, so the
+command may be killed and repeated. ``--page`` only writes the page. Models that are not trained yet are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from results_page import page
+
+from bshub.benchmark.evidence import judge_statistics
+from bshub.benchmark.grid import Grid, chosen_tests, open_victim, run_grid
+from bshub.benchmark.rows import Rows
+from bshub.intake.folders import open_folder
+from bshub.progress import Steps
+
+RATES = ("10", "1")
+ATTACKS = ("badnets", "blended", "wanet", "sig", "input-aware", "label-consistent")
+ATTACKED = tuple(f"{attack}-{rate}" for rate in RATES for attack in ATTACKS)
+LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
+MU = tuple(round(0.5 * step, 1) for step in range(1, 13))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One part of the grid.
+
+    Attributes:
+        models: Names of the zoo.
+        methods: Separated by spaces.
+        per_class: Clean images per class.
+    """
+
+    models: tuple[str, ...]
+    methods: str
+    per_class: tuple[int, ...]
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "1": Experiment(("badnets-1",), "bshub paper", (1, 10)),
+    "2": Experiment(("badnets-10", "blended-10"), " ".join(f"bshub:mu={mu}" for mu in MU) + " bshub", (10,)),
+    "3": Experiment((*ATTACKED, "clean"), f"bshub paper clp bnp {LEARNED}", (10,)),
+    "4": Experiment(ATTACKED, "bshub paper", (1, 5, 10, 25, 50)),
+    "5": Experiment(("vgg-badnets-10", "densenet-badnets-10", "resnet34-badnets-10", "mobilenet-badnets-10", "clean"),
+                    "bshub paper clp", (10,)),
+}  # fmt: skip
+
+
+def run(name: str, zoo: Path, data: Path, rows: Rows, seeds: tuple[int, ...], effort: float, tests: int) -> None:
+    """Measure what is missing of one experiment."""
+    wanted = EXPERIMENTS[name]
+    models = tuple(zoo / model for model in wanted.models if (zoo / model / "training.json").exists())
+    methods = tuple(wanted.methods.split())
+    run_grid(Grid(models, data, methods, wanted.per_class, seeds, tests, effort, "cpu"), rows, Steps(Lines()))
+
+
+def judge(zoo: Path, data: Path, out: Path, tests: int) -> None:
+    """Experiment 6: every statistic beside the trigger-activated change, a JSON line a model."""
+    done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
+    for name in ATTACKED:
+        if name in done or not (zoo / name / "training.json").exists():
+            continue
+        victim = open_victim(zoo / name)
+        train, test = (
+            open_folder(data / split, victim.source.origin.num_classes, victim.source.labels)
+            for split in ("train", "test")
+        )
+        layers = judge_statistics(victim, train, test, chosen_tests(test, tests), 10, 0)
+        row = {"model": name, "test_images": tests, "per_class": 10, "layers": [vars(layer) for layer in layers]}
+        with out.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        print(name, "judged", file=sys.stderr, flush=True)
+
+
+class Lines:
+    """A line on stderr a finished row, for a log."""
+
+    @contextmanager
+    def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Show one model."""
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            print(f"{name} {done}/{total}", file=sys.stderr, flush=True)
+
+        yield advance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--zoo", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="holds train/ and test/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=[*EXPERIMENTS, "6"], help="experiments, in this order")
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the baselines' published iterations")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = args.out.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    rows, evidence = Rows(folder / "rows.jsonl"), folder / "evidence.jsonl"
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
+    for name in () if args.page else args.only or (*EXPERIMENTS, "6"):
+        if name == "6":
+            judge(args.zoo, args.data, evidence, min(args.test_images, 500))
+        else:
+            run(name, args.zoo, args.data, rows, seeds, args.effort, args.test_images)
+    found = [json.loads(line) for line in evidence.read_text().splitlines()] if evidence.exists() else []
+    args.out.write_text(page(rows.rows, found, EXPERIMENTS, args.out), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The scripts behind the pages of figures: a small corner really runs, and no page says what its rows do not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+SCRIPTS = ROOT / "examples" / "benchmark"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_quick_corner_measures_and_a_rerun_measures_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "quick"
+    command = [sys.executable, str(SCRIPTS / "quick.py"), "--out", str(out), "--methods", "clp", "bshub:mu=2.5"]
+    command += ["--per-class", "1", "--test-images", "60"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert re.search(r"clp, 0 per class: accuracy [\d.]+, asr [\d.]+, ra [\d.]+", told)
+    assert re.search(r"bshub:mu=2.5, 1 per class: accuracy [\d.]+", told)
+    before = (out / "rows.jsonl").read_bytes()
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_the_results_are_those_of_their_rows(tmp_path: Path) -> None:
+    from experiments import EXPERIMENTS
+    from results_page import page
+
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (tmp_path / "starter-results.md").touch()
+    found, evidence = rows(DOCS / "results" / "rows.jsonl"), rows(DOCS / "results" / "evidence.jsonl")
+    assert page(found, evidence, EXPERIMENTS, tmp_path / "results.md") == (DOCS / "results.md").read_text()
+    shown = re.findall(r"\]\((results/[^)]+\.png)\)", (DOCS / "results.md").read_text())
+    assert shown
+    assert all((DOCS / picture).exists() for picture in shown)
+
+
+def test_without_rows_the_page_says_so(tmp_path: Path) -> None:
+    from experiments import EXPERIMENTS
+    from results_page import page
+
+    text = page([], [], EXPERIMENTS, tmp_path / "results.md")
+    assert text.count("Not measured yet.") == 6
+
+
+def test_the_performance_page_is_that_of_its_rows() -> None:
+    from performance_page import PARTS, page
+
+    found = rows(DOCS / "performance.jsonl")
+    assert page(found) == (DOCS / "performance.md").read_text()
+    assert {row["part"] for row in found} == set(PARTS)
+
+
+def test_the_starters_page_is_that_of_its_rows() -> None:
+    from starters import page
+
+    assert page(rows(DOCS / "starter-results.jsonl")) == (DOCS / "starter-results.md").read_text()
+
+
+def test_every_model_of_an_experiment_is_in_the_zoo() -> None:
+    from experiments import EXPERIMENTS
+    from zoo import models
+
+    names = [row["name"] for row in models()]
+    assert len(names) == len(set(names))
+    assert {model for wanted in EXPERIMENTS.values() for model in wanted.models} <= set(names)
+
+
+def test_the_zoo_trains_on_a_fixed_part_of_every_class(tmp_path: Path) -> None:
+    from zoo import subset
+
+    for split, count in (("train", 7), ("test", 3)):
+        for name in ("cat", "dog"):
+            for index in range(count):
+                file = tmp_path / "data" / split / name / f"{index}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b"x")
+    out = subset(tmp_path / "data", tmp_path / "part", 10)
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.jpg"))
+    assert [file for file in files if file.startswith("train/cat")] == [f"train/cat/{index}.jpg" for index in range(5)]
+    assert len(files) == 2 * 5 + 2 * 3
+
+
+def test_every_architecture_of_the_zoo_can_be_built() -> None:
+    from zoo import ARCHITECTURES, architecture, models
+
+    from bshub.intake.build import build
+    from bshub.intake.reference import parse_architecture
+
+    assert {row["arch"] for row in models()} == set(ARCHITECTURES)
+    for name in ARCHITECTURES:
+        module, config, _ = build(parse_architecture(architecture(name, 4)), None)
+        assert tuple(config["input_size"]) == (3, 32, 32)
+        assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
