@@ -11,8 +11,9 @@ import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import Net, conv_bn, head, logits, residual_net, vgg_like
-from torch import nn
+from nets import Net, conv_bn, head, logits, randomize_batch_norm, residual_net, vgg_like
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bshub.errors import CheckpointError
 from bshub.intake.recipe import Recipe, apply_recipe, replace_stem
@@ -267,3 +268,37 @@ def test_a_buffer_that_no_checkpoint_holds_is_cut_by_the_recipe() -> None:
     fresh.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(fresh.eval()(net.images), removal.model(net.images))
+
+
+class Staged(nn.Module):
+    """Levels that are no modules, as HRNet's; ``lies`` promises another width than it gives."""
+
+    def __init__(self, lies: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 4)
+        self.feature_info = [{"num_chs": 9 if lies else 8, "module": "stage1"}, {"num_chs": 12, "module": ""}]
+
+    def forward_intermediates(self, x: Tensor, intermediates_only: bool = False) -> list[Tensor]:
+        first = F.relu(self.bn1(self.conv1(x)))
+        return [first, F.relu(self.bn2(self.conv2(first)))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.forward_intermediates(x)[-1].mean((2, 3)))
+
+
+def test_levels_that_name_no_module_follow_what_the_network_gives() -> None:
+    torch.manual_seed(0)
+    net = Net(randomize_batch_norm(Staged(), seed=1), 12)
+    removal = net.remove_exactly({"conv1": [1, 3], "conv2": [0, 5, 7]})
+    assert [level["num_chs"] for level in removal.model.feature_info] == [6, 9]
+    assert [level["num_chs"] for level in net.model.feature_info] == [8, 12]
+    assert removal.attributes[""]["feature_info"] == removal.model.feature_info
+
+
+def test_levels_that_were_no_truth_before_are_left_alone() -> None:
+    torch.manual_seed(0)
+    net = Net(randomize_batch_norm(Staged(lies=True), seed=1), 12)
+    model = net.remove_exactly({"conv1": [1, 3], "conv2": [0, 5, 7]}).model
+    assert next(level["num_chs"] for level in model.feature_info) == 9

@@ -21,6 +21,7 @@ from bshub.graph.pairs import Pairing
 from bshub.graph.pause import collector_paused
 from bshub.scoring.plan import RemovalPlan, make_plan
 from bshub.surgery.copying import copy_sharing
+from bshub.surgery.levels import asked_levels
 from bshub.surgery.narrow import narrow, zero_columns, zero_silenced
 from bshub.surgery.proof import Proof, compare
 
@@ -131,6 +132,10 @@ def _attempt(model: nn.Module, plan: RemovalPlan, flow: ChannelFlow, images: Ten
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not proof.holds:
         return None, f"relative error {proof.error:.2g} in {proof.dtype}"
+    levels = asked_levels(model, small, (images.shape[1], images.shape[2], images.shape[3]))
+    if levels is not None:
+        small.feature_info = levels  # type: ignore[assignment]
+        attributes.setdefault("", {})["feature_info"] = levels
     return Removal(small, plan, attributes, proof, []), ""
 
 

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from probe import choose, construct
+from probe import build, choose
 from run import models
 from torch import nn
 
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
-from bshub.scoring.plan import make_plan
-from bshub.surgery.remove import narrowed_copy
+from bshub.surgery.remove import remove
 
 
 def features(model: Any, images: torch.Tensor) -> bool:
@@ -70,12 +69,11 @@ def holds(judge: Callable[[Any, torch.Tensor], bool], model: nn.Module, images: 
 
 def look(reference: str) -> tuple[list[str], list[str]]:
     """(properties of the original, those of them that the narrowed network lacks)."""
-    model, size = construct(reference)
-    model.eval()
+    model, size = build(reference)
     images = torch.randn(2, *size)
     flow, _ = follow_channels(model, size)
     pairing = find_pairs(model, flow)
-    small, _ = narrowed_copy(model, make_plan(flow, pairing, choose(flow, pairing)), flow, size)[:2]
+    small = remove(model, flow, pairing, choose(flow, pairing), images).model
     had = [name for name, judge in PROPERTIES.items() if holds(judge, model, images)]
     return had, [name for name in had if not holds(PROPERTIES[name], small.eval(), images)]
 
