@@ -175,7 +175,7 @@ def _judged(
 ) -> dict[str, Any]:
     judged = diagnosis.as_dict()
     judged["warnings"] = [*judged["warnings"], *image_warnings(inputs, clean)]
-    facts = {**model_facts(inputs, source, clean), "diagnosis": judged}
+    facts = {**model_facts(inputs, source, clean), "diagnosis": judged, **diagnosis.shrink_facts(diagnosis.plan)}
     return {**facts, "images": image_facts(clean), "seconds": steps.seconds}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
 from bshub.errors import InconclusiveError
 from bshub.evaluation.metrics import Rate, clean_accuracy
+from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow, follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.graph.trace import Recording
@@ -18,8 +21,10 @@ from bshub.parallel import Workers
 from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, make_plan
 from bshub.scoring.selection import Threshold, choose_mu, flag, standardize
-from bshub.scoring.statistics import measure
+from bshub.scoring.shrink import Shrink, choose_share
+from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import find_score
+from bshub.scoring.usefulness import spare_order, taken
 from bshub.settings import Settings
 from bshub.surgery.remove import silence
 
@@ -42,6 +47,7 @@ class Diagnosis:
         recording: The recorded run.
         clean_accuracy: On the clean images; None without images.
         warnings: What a user should know.
+        shrink: The useless filters that would leave too; None where none were to be looked for.
     """
 
     flow: ChannelFlow
@@ -53,6 +59,7 @@ class Diagnosis:
     recording: Recording
     clean_accuracy: Rate | None
     warnings: tuple[str, ...]
+    shrink: Shrink | None = None
 
     def most_suspicious(self, count: int) -> list[tuple[str, int, float]]:
         """The ``count`` flagged filters with the highest scores: (convolution, filter, score)."""
@@ -71,10 +78,18 @@ class Diagnosis:
             "unpaired": self.pairing.unpaired,
             "score": self.score,
             "threshold": self.threshold.as_dict(),
-            "counts": self.plan.counts(),
+            "counts": self.counts(self.plan),
             "flagged": self.plan.flagged,
             "warnings": list(self.warnings),
         }
+
+    def counts(self, plan: RemovalPlan) -> dict[str, int]:
+        """For reports: those of a plan, with those of the spare filters where any were to be looked for."""
+        return ({} if self.shrink is None else {"spare": 0}) | plan.counts()
+
+    def shrink_facts(self, plan: RemovalPlan) -> dict[str, Any]:
+        """For reports: ``shrink`` with the spare filters of ``plan``; nothing where none were to be looked for."""
+        return {"shrink": self.shrink.as_dict(plan.spare)} if self.shrink is not None else {}
 
 
 def diagnose(
@@ -91,7 +106,7 @@ def diagnose(
         model: The network, in evaluation mode on its device; not changed.
         input_size: ``(channels, height, width)``.
         clean: Clean images; None: the weights alone are judged.
-        settings: Score, μ, budget, batch size.
+        settings: Score, μ, budget, shrink, batch size.
         steps: Where the work is shown.
         workers: Processes that share the clean images; all come to the same diagnosis.
 
@@ -123,9 +138,10 @@ def diagnose(
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE
     score = find_score(name)
-    stream = clean.stream() if clean is not None and score.needs_images else None
+    shrinks = clean is not None and settings.shrink > 0
+    stream = clean.stream() if clean is not None and (score.needs_images or shrinks) else None
     with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
-        statistics = measure(model, pairing, stream, workers=workers, progress=advance)
+        statistics = measure(model, pairing, stream, taylor=shrinks, workers=workers, progress=advance)
     if clean is not None:
         clean.drain()
         clean.join()
@@ -139,9 +155,38 @@ def diagnose(
                     f"the model is right on only {100 * rate.value:.0f} % of the clean images: are folders, labels "
                     "and preprocessing those of the model?"
                 )
-        threshold = _threshold(model, flow, pairing, scores, clean, rate, settings)
-        plan = make_plan(flow, pairing, flag(pairing.pairs, scores, threshold.mu))
-    return Diagnosis(flow, pairing, name, scores, threshold, plan, recording, rate, tuple(warnings))
+        yardstick = _yardstick(model, clean, rate, settings)
+        threshold = _threshold(model, flow, pairing, scores, yardstick, settings)
+        flagged = flag(pairing.pairs, scores, threshold.mu)
+        plan, shrink = make_plan(flow, pairing, flagged), None
+    if settings.shrink and yardstick is None:
+        warnings.append("without clean images no filter can be called useless: --shrink does nothing")
+    elif settings.shrink and yardstick is not None:
+        with steps.step("shrink"):
+            shrink = _shrink(model, flow, pairing, statistics, plan, yardstick, settings)
+            plan = make_plan(flow, pairing, flagged, spare=_arrays(shrink.filters))
+    return Diagnosis(flow, pairing, name, scores, threshold, plan, recording, rate, tuple(warnings), shrink)
+
+
+@dataclass(frozen=True)
+class _Yardstick:
+    """What pruning is measured by: batches with the answers to keep, and how many of them the untouched model gives."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    before: float
+    measured: str
+
+
+def _yardstick(model: nn.Module, clean: CleanImages | None, rate: Rate | None, settings: Settings) -> _Yardstick | None:
+    """None without clean images, or where nothing will be chosen by it."""
+    if clean is None or rate is None or (settings.mu != "auto" and not settings.shrink):
+        return None
+    batches = clean.batches(settings.batch_size)
+    if rate.value >= FOREIGN:
+        return _Yardstick(batches, rate.value, "accuracy")
+    with torch.no_grad():  # too low to lose much: hold on to the model's own answers instead
+        answered = [(images, model(images).argmax(1)) for images, _ in batches]
+    return _Yardstick(answered, 1.0, "agreement with the original")
 
 
 def _threshold(
@@ -149,24 +194,43 @@ def _threshold(
     flow: ChannelFlow,
     pairing: Pairing,
     scores: dict[str, Tensor],
-    clean: CleanImages | None,
-    rate: Rate | None,
+    yardstick: _Yardstick | None,
     settings: Settings,
 ) -> Threshold:
     if settings.mu != "auto":
         return Threshold(float(settings.mu), "given")
-    if clean is None or rate is None:
+    if yardstick is None:
         return Threshold(WEIGHTS_ONLY_MU, "without clean images the usual value")
-    batches, before, measured = clean.batches(settings.batch_size), rate.value, "accuracy"
-    if rate.value < FOREIGN:  # too low to lose much: hold on to the model's own answers instead
-        with torch.no_grad():
-            batches = [(images, model(images).argmax(1)) for images, _ in batches]
-        before, measured = 1.0, "agreement with the original"
 
     def accuracy_at(mu: float) -> tuple[int, float]:
         plan = make_plan(flow, pairing, flag(pairing.pairs, scores, mu))
         flagged = plan.counts()["flagged"]
         pruned = silence(model, plan) if flagged else model
-        return flagged, clean_accuracy(pruned, batches).value
+        return flagged, clean_accuracy(pruned, yardstick.batches).value
 
-    return choose_mu(accuracy_at, before, settings.budget, measured)
+    return choose_mu(accuracy_at, yardstick.before, settings.budget, yardstick.measured)
+
+
+def _shrink(
+    model: nn.Module,
+    flow: ChannelFlow,
+    pairing: Pairing,
+    statistics: dict[str, PairStatistics],
+    suspicious: RemovalPlan,
+    yardstick: _Yardstick,
+    settings: Settings,
+) -> Shrink:
+    flagged = _arrays(suspicious.flagged)
+    order = spare_order(flow, pairing, statistics, suspicious.flagged)
+
+    def accuracy_at(share: float) -> tuple[dict[str, list[int]], float]:
+        plan = make_plan(flow, pairing, flagged, spare=taken(order, share * pairing.filters))
+        return plan.spare, clean_accuracy(silence(model, plan), yardstick.batches).value
+
+    return choose_share(
+        accuracy_at, settings.shrink, pairing.filters, yardstick.before, settings.budget, yardstick.measured
+    )
+
+
+def _arrays(filters: Mapping[str, Sequence[int]]) -> dict[str, Ints]:
+    return {name: np.asarray(index, np.int64) for name, index in filters.items()}

@@ -22,12 +22,13 @@ from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
 from bshub.repair.finetune import Schedule, find_repair, repair
 from bshub.scoring.plan import RemovalPlan
-from bshub.settings import Settings
+from bshub.settings import OURS, Settings
 from bshub.surgery.remove import Removal, remove
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-OURS = ("bshub", "paper")
+__all__ = ["OURS", "SanitizeResult", "sanitize", "scan"]
+
 PROOF_IMAGES = 16
 WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
@@ -65,6 +66,8 @@ def sanitize(
 ) -> SanitizeResult:
     """Find suspicious filters with clean images, remove them, repair the network.
 
+    With ``settings.shrink`` the least useful filters leave too, as far as the budget allows.
+
     Args:
         model: Any CNN classifier with batch norm; it is not changed. Half precision is worked on in float32.
         loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
@@ -93,7 +96,9 @@ def sanitize(
     found = {} if defense else diagnosis.plan.flagged  # a baseline does what it does; the surgery then removes nothing
     flagged = {name: np.asarray(index, np.int64) for name, index in found.items()}
     with steps.step("surgery"):
-        removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, clean.images[:PROOF_IMAGES])
+        images, spare = clean.images[:PROOF_IMAGES], diagnosis.plan.spare
+        spared = {name: np.asarray(index, np.int64) for name, index in spare.items()}
+        removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, images, spared)
     small = removal.model
     if defense:
         with steps.step(settings.method) as advance:
@@ -102,7 +107,7 @@ def sanitize(
         removal = replace(removal, model=small)
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     warnings = list(diagnosis.warnings)
-    repaired = bool(removal.plan.flagged) and settings.finetune_epochs > 0
+    repaired = bool(removal.plan.flagged or removal.plan.spare) and settings.finetune_epochs > 0
     if repaired:
         schedule = Schedule(
             settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
@@ -129,12 +134,13 @@ def sanitize(
     if after.value < diagnosis.clean_accuracy.value - LOST:
         warnings.append(
             f"accuracy on the clean images fell from {100 * diagnosis.clean_accuracy.value:.0f} to "
-            f"{100 * after.value:.0f} %: a higher --mu removes less"
+            f"{100 * after.value:.0f} %: a higher --mu{' or a lower --shrink' if settings.shrink else ''} removes less"
         )
     report = {
         "settings": settings.as_dict(),
         "diagnosis": diagnosis.as_dict(),
-        "counts": removal.plan.counts(),
+        "counts": diagnosis.counts(removal.plan),
+        **diagnosis.shrink_facts(removal.plan),
         "removed": removal.plan.removed,
         "silenced": removal.plan.silenced,
         "followers": removal.plan.followers,

@@ -18,6 +18,8 @@ from typing import Any
 from bshub.errors import UsageError, printable
 
 FILE = "bshub.toml"
+OURS = ("bshub", "paper")  # methods; every other is a published baseline
+MOST_SHRINK = 0.9
 _PROJECT = "pyproject.toml"
 _MAX_BYTES = 1 << 20
 _CORRECT = "correct it on the command line or in the file of settings"
@@ -32,7 +34,7 @@ class Settings:
             ``DEFENSES``, a published baseline.
         score: Key of ``SCORES``; which filters look suspicious.
         mu: Threshold ``mean + mu · std`` per layer, or ``auto``: the lowest one within ``budget``.
-        budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``).
+        budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``, ``shrink``).
         repair: Key of ``REPAIRS``.
         finetune_epochs: Passes over the clean images after the surgery.
         finetune_lr: Peak learning rate of these passes.
@@ -42,6 +44,8 @@ class Settings:
         precision: Of the repair's arithmetic: ``fp32``, or ``bf16`` (autocast; weights stay float32), which takes about
             half the time on processors that have it. Scores, plan and proof are never in bf16.
         effort: Share of a baseline's published iterations, 1 = as published; ours has none.
+        shrink: Largest share of the filters that leave beside the suspicious ones because they are of little use, as
+            far as the budget allows; 0 = none. Not for baselines.
     """
 
     method: str = "bshub"
@@ -56,6 +60,7 @@ class Settings:
     device: str = "auto"
     precision: str = "fp32"
     effort: float = 1.0
+    shrink: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; NaN is never a setting."""
@@ -65,7 +70,7 @@ class Settings:
                     f"{name} must be a name, not {getattr(self, name)!r}",
                     hint=_CORRECT,
                 )
-        numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr, "effort": self.effort}
+        numbers = {"budget": self.budget, "finetune_lr": self.finetune_lr, "effort": self.effort, "shrink": self.shrink}
         numbers |= {} if self.mu == "auto" else {"mu": self.mu}  # type: ignore[dict-item]
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -90,6 +95,16 @@ class Settings:
             raise UsageError(
                 f"effort must lie above 0 and not above 100, not {self.effort!r}",
                 hint=_CORRECT,
+            )
+        if not 0 <= self.shrink <= MOST_SHRINK:
+            raise UsageError(
+                f"shrink is a share of the filters, 0 to {MOST_SHRINK:g}, not {self.shrink!r}",
+                hint=_CORRECT,
+            )
+        if self.shrink and self.method not in OURS:
+            raise UsageError(
+                f"shrink does not go with method {self.method!r}: a published baseline does what it does",
+                hint="leave --shrink or --method away",
             )
         for name, low, high in (("finetune_epochs", 0, 10_000), ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):
             value = getattr(self, name)

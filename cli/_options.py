@@ -46,6 +46,13 @@ Budget = Annotated[
     float,
     typer.Option(help="Points of accuracy on the clean images that pruning may cost before the repair (mu auto)."),
 ]
+Shrink = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Also remove the least useful filters, at most this share (0 to 0.9) of all, as far as --budget allows.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

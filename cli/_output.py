@@ -98,6 +98,17 @@ def print_warnings(warnings: list[str]) -> None:
         typer.echo(f"warning: {printable(warning)}", err=True)
 
 
+def say_shrink(report: dict[str, Any], filters: int, gone: str) -> None:
+    """How many useless filters go beside the suspicious ones, and why so many; nothing where none were sought."""
+    if "shrink" in report:
+        shrink = report["shrink"]
+        spare = sum(map(len, shrink["filters"].values()))
+        say(
+            f"shrink: {big(spare)} spare filters {gone}, {100 * spare / filters:.1f} % of {big(filters)} where at most "
+            f"{100 * shrink['asked']:g} % were asked for ({shrink['reason']})"
+        )
+
+
 def say_images(report: dict[str, Any]) -> None:
     """Which rule gave the labels, what the image policy changed or left out, and where settings came from."""
     images, labels = report.get("images") or {}, report["model"]["labels"]

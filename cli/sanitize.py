@@ -18,6 +18,7 @@ from bshub_cli._output import (
     print_warnings,
     say,
     say_images,
+    say_shrink,
     seconds_text,
     size_text,
 )
@@ -42,6 +43,7 @@ def sanitize(
     score: options.ScoreName = "lipschitz",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
+    shrink: options.Shrink = 0.0,
     repair: Annotated[str, typer.Option(help="distil (from the model before pruning) or finetune.")] = "distil",
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the clean images.")] = 10,
     finetune_lr: Annotated[
@@ -95,6 +97,7 @@ def sanitize(
             score=score,
             mu=options.parse_mu(mu),
             budget=budget,
+            shrink=shrink,
             repair=repair,
             finetune_epochs=finetune_epochs,
             finetune_lr=finetune_lr,
@@ -144,6 +147,7 @@ def show_plan(report: dict[str, Any]) -> None:
             for layer, index in diagnosis["flagged"].items()
         ]
         print_table("flagged filters", ["layer", "count", "filters"], rows)
+    say_shrink(report, diagnosis["filters"], "would be removed")
     say_images(report)
     say(seconds_text(report["seconds"]))
 
@@ -163,6 +167,7 @@ def _show(report: dict[str, Any]) -> None:
             big(counts["removed"]) + (f" (+{counts['followers']} followers)" if counts["followers"] else ""),
         ],
         ["  silenced in place", "", big(counts["silenced"])],
+        *([["  spare, removed", "", big(counts["spare"])]] if "shrink" in report else []),
         ["parameters", big(report["parameters"]["before"]), big(report["parameters"]["after"])],
         ["MACs per image", big(report["macs"]["before"]), big(report["macs"]["after"])],
         ["weights", size_text(report["bytes"]["before"]), size_text(report["bytes"]["after"])],
@@ -176,6 +181,7 @@ def _show(report: dict[str, Any]) -> None:
         rows.append(["clean images %", rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])])
     print_table(f"{report['model']['reference']}", ["", "before", "after"], rows)
     say(f"threshold: {threshold['mu']:g} deviations ({diagnosis['score']}; {threshold['reason']})")
+    say_shrink(report, diagnosis["filters"], "were removed")
     typer.echo(
         f"proof: the small network equals the masked one to {report['proof']['error']:.1e} "
         f"({report['proof']['dtype']}, {report['proof']['images']} images)"

@@ -135,6 +135,7 @@ def _properties(record: Mapping[str, Any]) -> list[Property]:
         "mu": diagnosis["threshold"]["mu"],
         "mu-asked": settings["mu"],
         **{name: record["counts"][name] for name in ("flagged", "removed", "silenced", "followers")},
+        **({"shrink": settings["shrink"], "spare": record["counts"]["spare"]} if "shrink" in record else {}),
         "clean-images": record["clean_images"]["n"],
         "proof-error": record["proof"]["error"],
         **({"onnx-error": record["onnx"]["error"]} if "onnx" in record else {}),

@@ -95,7 +95,11 @@ def model_card(
         plots=extras.plots,
         score_words=SCORE_WORDS.get(report["diagnosis"]["score"], "see bshub's documentation"),
         mu=threshold["mu"],
-        uses=["chose the threshold"] * bool(threshold.get("curve")) + ["repaired the network"] * report["repaired"],
+        uses=["chose the threshold"] * bool(threshold.get("curve"))
+        + ["chose the spare filters"] * bool(report.get("shrink"))
+        + ["repaired the network"] * report["repaired"],
+        shrink=report.get("shrink"),
+        shrink_reason=escape((report.get("shrink") or {}).get("reason", "")),
         threshold_reason=escape(threshold["reason"]),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),

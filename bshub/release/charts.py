@@ -42,15 +42,16 @@ class Palette:
     silenced: str
     follower: str
     accent: str
+    spare: str
 
     @property
     def fates(self) -> list[str]:
         """In the order of ``FATES``."""
-        return [self.dots, self.removed, self.silenced, self.follower]
+        return [self.dots, self.removed, self.silenced, self.follower, self.spare]
 
 
 PAGE = Palette(*(f"var(--{name})" for name in Palette.__dataclass_fields__))
-PRINT = Palette("#1d2430", "#5b6573", "#d9dde3", "#8a97a8", "#c2410c", "#7c3aed", "#0e7490", "#2563eb")
+PRINT = Palette("#1d2430", "#5b6573", "#d9dde3", "#8a97a8", "#c2410c", "#7c3aed", "#0e7490", "#2563eb", "#a16207")
 
 
 def scores_chart(layers: Sequence[Layer], mu: float, palette: Palette) -> alt.LayerChart:
@@ -76,7 +77,9 @@ def scores_chart(layers: Sequence[Layer], mu: float, palette: Palette) -> alt.La
     title = "deviations from the layer's mean"
     x = alt.X("score:Q", title=title, axis=alt.Axis(tickCount=8, format="d"))
     legend = None if palette is PAGE else alt.Undefined  # the page has its own, which wraps
-    fate = alt.Color("fate:N", title=None, legend=legend, scale=alt.Scale(domain=list(FATES), range=palette.fates))
+    shown = FATES if any("spare" in layer.fates for layer in layers) else FATES[:-1]
+    scale = alt.Scale(domain=list(shown), range=palette.fates[: len(shown)])
+    fate = alt.Color("fate:N", title=None, legend=legend, scale=scale)
     tooltip = [
         alt.Tooltip("layer:N"),
         alt.Tooltip("filter:Q", format="d"),

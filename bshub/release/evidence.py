@@ -22,7 +22,7 @@ from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.stream import activation_of, affine_of
 
 STATISTICS = ("spectral", "saliency", "activation", "correlation", "bn_shift")
-FATES = ("kept", "removed", "silenced", "left with them")
+FATES = ("kept", "removed", "silenced", "left with them", "spare")  # the last only where a run was to shrink
 MEASURED_IMAGES = 128
 EXCITED_FILTERS, EXCITED_IMAGES = 6, 4
 THUMBNAIL = 96  # pixels of the longer side
@@ -159,7 +159,7 @@ def _layer(pair: ConvBN, scores: Tensor, statistics: PairStatistics, plan: Remov
 
 
 def _fate(plan: RemovalPlan, layer: str, index: int) -> str:
-    places = {"removed": plan.removed, "silenced": plan.silenced, "left with them": plan.followers}
+    places = {"removed": plan.removed, "silenced": plan.silenced, "left with them": plan.followers, "spare": plan.spare}
     return next((fate for fate, place in places.items() if index in place.get(layer, ())), "kept")
 
 

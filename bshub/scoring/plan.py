@@ -3,7 +3,8 @@
 A slot leaves when nothing pins its coupling group and every convolution or linear that reads it would see
 only zeros (or a constant) once the flagged filters are silent. A flagged filter whose slot still carries
 something (the other branch of a residual sum) is silenced: its weights, bias, batch-norm scale and shift
-become zero, which is the paper's pruning.
+become zero, which is the paper's pruning. A *spare* filter is not suspicious, merely of little use: it leaves with
+its whole group or not at all, and is never silenced.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ class RemovalPlan:
         flagged: Convolution → filters judged suspicious.
         removed: Those of them that leave physically.
         silenced: Those of them that stay as zeros.
-        followers: Convolution → filters that were not flagged and leave with a flagged one (depthwise chains).
+        followers: Convolution → filters that were neither and leave with one of them (depthwise chains).
         kept: Parameter → axis → indices that stay, for each axis that loses some.
         columns: Parameter → axis → indices read from leaving slots, for the proof.
         zeroed: Parameter or buffer → indices of axis 0 that become zero (silenced filters and their batch norm).
         stays: Convolution → why its flagged filters could not leave.
         refilled: Module that slides along its channels → (axis, width before, indices that stay).
+        spare: Convolution → filters that leave because they are of little use, not because they are suspicious.
     """
 
     flagged: dict[str, list[int]]
@@ -43,6 +45,7 @@ class RemovalPlan:
     zeroed: dict[str, list[int]]
     stays: dict[str, str]
     refilled: dict[str, tuple[int, int, list[int]]] = field(default_factory=dict)
+    spare: dict[str, list[int]] = field(default_factory=dict)
 
     def zeroed_after(self) -> dict[str, list[int]]:
         """``zeroed`` with the indices that the tensors have once the leaving ones are cut out."""
@@ -54,18 +57,23 @@ class RemovalPlan:
         return result
 
     def counts(self) -> dict[str, int]:
-        """Numbers of flagged, removed, silenced and following filters."""
+        """Numbers of flagged, removed, silenced and following filters, and of spare ones where there are any."""
         parts = {
             "flagged": self.flagged,
             "removed": self.removed,
             "silenced": self.silenced,
             "followers": self.followers,
+            **({"spare": self.spare} if self.spare else {}),
         }
         return {name: sum(map(len, part.values())) for name, part in parts.items()}
 
 
 def make_plan(
-    flow: ChannelFlow, pairing: Pairing, flagged: Mapping[str, Ints], forbidden: frozenset[int] = frozenset()
+    flow: ChannelFlow,
+    pairing: Pairing,
+    flagged: Mapping[str, Ints],
+    forbidden: frozenset[int] = frozenset(),
+    spare: Mapping[str, Ints] | None = None,
 ) -> RemovalPlan:
     """Work out what leaves.
 
@@ -74,6 +82,7 @@ def make_plan(
         pairing: Its conv-BN pairs.
         flagged: Convolution → indices of suspicious filters.
         forbidden: Groups that must stay although nothing pins them (found by the proof).
+        spare: Convolution → indices of useless filters; those whose group cannot leave are left out of the plan.
 
     Returns:
         The plan.
@@ -81,19 +90,16 @@ def make_plan(
     channels, groups = flow.channels, flow.groups
     pairs = {pair.name: pair for pair in (*pairing.pairs, *pairing.bare)}
     marked = {name: np.unique(np.asarray(index, np.int64)) for name, index in flagged.items() if len(index)}
-    silent = [values for name, index in marked.items() for values in _silent_values(pairs[name], index)]
-    levels = channels.levels(np.concatenate(silent) if silent else np.empty(0, np.int64))
-
-    leaving = np.zeros(channels.variables, bool)  # by group id
-    for name, index in marked.items():
-        leaving[groups[pairs[name].slots[index]]] = True
-    for slots, values in channels.reads:
-        leaving[groups[slots[levels[values] == ALIVE]]] = False
-    for slots, values in channels.zero_reads:
-        leaving[groups[slots[levels[values] != ZERO]]] = False
-    blocked = [group for group in (*flow.pinned, *forbidden) if leaving[group]]
-    leaving[blocked] = False
-    _keep_last(flow, leaving)
+    useless = {
+        name: np.setdiff1d(np.asarray(index, np.int64), marked.get(name, [])) for name, index in (spare or {}).items()
+    }
+    while True:
+        leaving = leaving_groups(flow, pairing, _union(marked, useless), forbidden)
+        _keep_last(flow, leaving)
+        staying = {name: ~leaving[groups[pairs[name].slots[index]]] for name, index in useless.items()}
+        if not any(stays.any() for stays in staying.values()):
+            break
+        useless = {name: index[~staying[name]] for name, index in useless.items()}  # none of them is silenced
 
     gone = leaving[groups]  # by variable
     kept, columns = _cuts(flow, gone)
@@ -105,10 +111,12 @@ def make_plan(
     for pair in pairs.values():
         chosen = np.zeros(pair.out_channels, bool)
         chosen[marked.get(pair.name, [])] = True
+        extra = np.zeros(pair.out_channels, bool)
+        extra[useless.get(pair.name, [])] = True
         out = gone[pair.slots]
         _store(removed, pair.name, chosen & out)
         _store(silenced, pair.name, chosen & ~out)
-        _store(followers, pair.name, out & ~chosen)
+        _store(followers, pair.name, out & ~chosen & ~extra)
         if (chosen & ~out).any():
             _silence(pair, np.flatnonzero(chosen & ~out), zeroed)
             pins = {flow.pinned[g] for g in groups[pair.slots[chosen & ~out]].tolist() if g in flow.pinned}
@@ -129,7 +137,43 @@ def make_plan(
             for module, (axis, lane) in channels.refills.items()
             if gone[lane.slots].any()
         },
+        spare={name: index.tolist() for name, index in useless.items() if len(index)},
     )
+
+
+def leaving_groups(
+    flow: ChannelFlow, pairing: Pairing, marked: Mapping[str, Ints], forbidden: frozenset[int] = frozenset()
+) -> np.ndarray:
+    """Groups that nothing would read any more if the marked filters were silent, and that nothing pins.
+
+    Args:
+        flow: The model's channels.
+        pairing: Its conv-BN pairs.
+        marked: Convolution → filter indices.
+        forbidden: Groups that must stay.
+
+    Returns:
+        Whether each group leaves, by group id, ``[variables]``.
+    """
+    channels, groups = flow.channels, flow.groups
+    pairs = {pair.name: pair for pair in (*pairing.pairs, *pairing.bare)}
+    silent = [values for name, index in marked.items() for values in _silent_values(pairs[name], index)]
+    levels = channels.levels(np.concatenate(silent) if silent else np.empty(0, np.int64))
+    leaving = np.zeros(channels.variables, bool)
+    for name, index in marked.items():
+        leaving[groups[pairs[name].slots[index]]] = True
+    for slots, values in channels.reads:
+        leaving[groups[slots[levels[values] == ALIVE]]] = False
+    for slots, values in channels.zero_reads:
+        leaving[groups[slots[levels[values] != ZERO]]] = False
+    blocked = [group for group in (*flow.pinned, *forbidden) if leaving[group]]
+    leaving[blocked] = False
+    return leaving
+
+
+def _union(one: Mapping[str, Ints], other: Mapping[str, Ints]) -> dict[str, Ints]:
+    nothing = np.empty(0, np.int64)
+    return {name: np.union1d(one.get(name, nothing), other.get(name, nothing)) for name in {**one, **other}}
 
 
 def _silent_values(pair: ConvBN, filters: Ints) -> list[Ints]:

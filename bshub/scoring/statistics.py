@@ -10,6 +10,10 @@ several readers the one with the largest ``|γ|/√(σ²+ε)``) and conv output 
 * ``correlation``: mean over the other filters ``p`` of ``|Pearson(z[o], z[p])|``, on maps averaged to a grid of
   at most 4 x 4 positions. Batch norm does not change it.
 * ``bn_shift``: ``KL(N(mean z, var z) ‖ N(μ, σ²))``, shrunk by ``n / (n + 32)`` for few images.
+* ``taylor`` (where it is asked for): mean over images of ``(Σ BN(z)[o] · ∂L/∂BN(z)[o])²``, L = cross entropy of the
+  image and the sum over its positions: to first order the squared change of the loss if the filter left, the
+  importance of Molchanov et al. 2019 (arXiv 1906.10771, equation 8) with the batch norm's output as the gate. The
+  batch norm is affine, so this is ``(Σ W[o]·∂L/∂W[o] + shift/scale · Σ ∂L/∂z[o])²``, taken from the same backward run.
 
 Memory does not grow with the number of images. *Reconstruction* (arXiv 2311.07417 does not say): the
 correlation is taken before the activation, saliency as a mean so that layers of any width compare.
@@ -43,6 +47,7 @@ class PairStatistics:
     activation: Tensor | None = None
     correlation: Tensor | None = None
     bn_shift: Tensor | None = None
+    taylor: Tensor | None = None
 
 
 def measure(
@@ -50,6 +55,7 @@ def measure(
     pairing: Pairing,
     batches: Iterable[tuple[Tensor, Tensor]] | None,
     *,
+    taylor: bool = False,
     workers: Workers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, PairStatistics]:
@@ -59,6 +65,7 @@ def measure(
         model: The network; its parameters and buffers are not changed.
         pairing: Its conv-BN pairs.
         batches: ``(images [n, c, h, w], labels [n])``, on the model's device; None: weights only.
+        taylor: Whether the importance of each filter is measured too.
         workers: Processes that each stream their own batches; all get the statistics of all images.
         progress: Called with the number of images of each finished batch.
 
@@ -82,8 +89,8 @@ def measure(
     }
     if batches is None:
         return {name: PairStatistics(value) for name, value in spectral.items()}
-    streams = {pair.name: Stream(pair, affines[pair.name]) for pair in pairing.pairs}
-    gradients, count = _run(model, streams, batches, progress)
+    streams = {pair.name: Stream(pair, affines[pair.name], taylor) for pair in pairing.pairs}
+    gradients, count = _run(model, streams, batches, progress, taylor)
     if workers is not None and workers.size > 1:
         for name, stream in streams.items():
             stream.merge(workers)
@@ -96,6 +103,7 @@ def measure(
             activation=streams[pair.name].activation(),
             correlation=streams[pair.name].correlation(),
             bn_shift=streams[pair.name].bn_shift(count),
+            taylor=streams[pair.name].taylor(),
         )
         for pair in pairing.pairs
     }
@@ -135,12 +143,13 @@ def _run(
     streams: dict[str, Stream],
     batches: Iterable[tuple[Tensor, Tensor]],
     progress: Callable[[int], None] | None,
+    taylor: bool,
 ) -> tuple[dict[str, Tensor], int]:
     """Forward and backward over all batches; returns the summed gradient of each conv weight."""
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in streams}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     count = 0
-    with in_mode(model, False), _only_these(model, list(weights.values())), _watching(model, streams):
+    with in_mode(model, False), _only_these(model, list(weights.values())), _watching(model, streams, taylor):
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels, reduction="sum")
             for name, grad in zip(
@@ -148,6 +157,8 @@ def _run(
             ):
                 if grad is not None:
                     gradients[name] += grad
+            for stream in streams.values():
+                stream.settle()
             count += len(images)
             if progress:
                 progress(len(images))
@@ -170,8 +181,10 @@ def _only_these(model: nn.Module, weights: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(model: nn.Module, streams: dict[str, Stream]) -> Iterator[None]:
+def _watching(model: nn.Module, streams: dict[str, Stream], taylor: bool) -> Iterator[None]:
     def see(stream: Stream, module: nn.Module, args: Any, output: Tensor) -> None:
+        if taylor:
+            stream.watch(output)
         with torch.no_grad():
             stream.update(output)
 

@@ -61,11 +61,18 @@ def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
 
 
 class Stream:
-    """Sums over the conv outputs of one pair; updated batch by batch, read once at the end."""
+    """Sums over the conv outputs of one pair; updated batch by batch, read once at the end.
 
-    def __init__(self, pair: ConvBN, affine: Affine) -> None:
-        self.pair, self.affine = pair, affine
+    Args:
+        pair: The pair.
+        affine: Its batch norm.
+        taylor: Whether ``watch`` and ``settle`` are called with every batch.
+    """
+
+    def __init__(self, pair: ConvBN, affine: Affine, taylor: bool = False) -> None:
+        self.pair, self.affine, self._taylor = pair, affine, taylor
         self._act = activation_of(pair)
+        self._offset = torch.where(affine.scale != 0, affine.shift / affine.scale, 0)  # BN(z) = scale · (z + offset)
         self._clear()
 
     def _clear(self) -> None:
@@ -78,6 +85,8 @@ class Stream:
         self._rows = 0  # grid positions seen, for the correlation
         self._grid_mean = torch.zeros(out, device=device, dtype=torch.float64)
         self._comoment = torch.zeros(out, out, device=device)
+        self._effects = torch.zeros(out, device=device, dtype=torch.float64)  # Σ over images of their squares
+        self._effect: Tensor | float = 0.0  # of the batch at hand, (n, out)
 
     def update(self, z: Tensor) -> None:
         """Add one batch of conv outputs ``(n, out, h, w)`` (any number of spatial axes)."""
@@ -115,6 +124,30 @@ class Stream:
         self._comoment.addmm_(centred.T, centred)
         self._shift(len(rows), mean.double())
 
+    def watch(self, z: Tensor) -> None:
+        """Note what the filters of ``z`` mean to the loss, once the backward run comes by.
+
+        ``BN(z) · ∂L/∂BN(z) = (z + shift/scale) · ∂L/∂z``, summed over the positions of an image, is to first order
+        what L loses when the filter does.
+        """
+        output = z.detach()
+
+        def note(gradient: Tensor) -> None:
+            y = output.float().flatten(2) + self._offset.unsqueeze(1)  # (n, out, positions)
+            effect = (y * gradient.float().flatten(2)).sum(2)
+            if isinstance(self._effect, Tensor) and self._effect.shape != effect.shape:
+                self.settle()  # runs on other numbers of images have nothing to do with each other
+            self._effect = self._effect + effect
+
+        if z.requires_grad:
+            z.register_hook(note)
+
+    def settle(self) -> None:
+        """The backward run of a batch is over: a module that ran several times counts once per image."""
+        if isinstance(self._effect, Tensor):
+            self._effects += self._effect.double().square().sum(0)
+        self._effect = 0.0
+
     def _shift(self, count: int, mean: Tensor) -> None:
         """Account for ``count`` new rows around another mean, whose own co-moments are already added."""
         delta, total = (mean - self._grid_mean).float(), self._rows + count
@@ -129,12 +162,13 @@ class Stream:
             workers: The processes.
         """
         counts = torch.tensor([[self._images, self._points, self._rows]])
-        vectors = torch.stack((self._norms.double(), self._mean, self._m2, self._grid_mean)).unsqueeze(0)
+        vectors = torch.stack((self._norms.double(), self._mean, self._m2, self._grid_mean, self._effects)).unsqueeze(0)
         sums = workers.gather(counts), workers.gather(vectors), workers.gather(self._comoment.unsqueeze(0))
         self._clear()
         for count, vector, comoment in zip(*sums, strict=True):
-            (images, points, rows), (norms, mean, m2, grid_mean) = count[0].tolist(), vector[0]
+            (images, points, rows), (norms, mean, m2, grid_mean, effects) = count[0].tolist(), vector[0]
             self._images += images
+            self._effects += effects
             self._norms += norms.float()
             if points:
                 merged = _merge(self._points, self._mean, self._m2, points, mean, m2 / points)
@@ -146,6 +180,10 @@ class Stream:
     def activation(self) -> Tensor:
         """``[out]``."""
         return (self._norms / max(self._images, 1)).cpu()
+
+    def taylor(self) -> Tensor | None:
+        """``[out]``; None where nobody watched."""
+        return (self._effects / max(self._images, 1)).float().cpu() if self._taylor else None
 
     def correlation(self) -> Tensor:
         """``[out]``; filters whose map never changes correlate with nothing."""

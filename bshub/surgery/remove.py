@@ -7,8 +7,9 @@ bisection, kept in place (their filters silenced) and reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,14 @@ def silence(model: nn.Module, plan: RemovalPlan) -> nn.Module:
 
 
 def remove(
-    model: nn.Module, flow: ChannelFlow, pairing: Pairing, flagged: Mapping[str, Ints], images: Tensor
+    model: nn.Module,
+    flow: ChannelFlow,
+    pairing: Pairing,
+    flagged: Mapping[str, Ints],
+    images: Tensor,
+    spare: Mapping[str, Ints] | None = None,
 ) -> Removal:
-    """Remove the flagged filters.
+    """Remove the flagged filters, and the spare ones that can leave.
 
     Args:
         model: The network; not changed.
@@ -72,6 +78,7 @@ def remove(
         pairing: Its conv-BN pairs.
         flagged: Convolution → suspicious filters.
         images: Real, normalised images for the proof, ``[n, channels, height, width]``.
+        spare: Convolution → useless filters; where a group cannot be removed exactly they simply stay.
 
     Returns:
         The removal.
@@ -79,17 +86,19 @@ def remove(
     Raises:
         SurgeryError: Even silencing in place does not compute what it should.
     """
-    plan = make_plan(flow, pairing, flagged)
+    planned = partial(make_plan, flow, pairing, flagged, spare=spare)
+    plan = planned()
     attempt, why = _attempt(model, plan, flow, images)
     if attempt is not None:
         return attempt
     blocks = _blocks(flow, plan)
-    # Everything flagged but not in a block was kept as the last of its axis: it stays so whatever is forbidden.
+    # Everything marked but not in a block was kept as the last of its axis: it stays so whatever is forbidden.
     slots = {conv.name: conv.slots for conv in (*pairing.pairs, *pairing.bare)}
-    touched = {int(g) for name, index in flagged.items() for g in flow.groups[slots[name][np.asarray(index, np.int64)]]}
+    marked = [*flagged.items(), *(spare or {}).items()]
+    touched = {int(g) for name, index in marked for g in flow.groups[slots[name][np.asarray(index, np.int64)]]}
     allowed = set().union(*blocks)
-    guilty = _bisect(model, flow, pairing, flagged, images, blocks, touched)
-    plan = make_plan(flow, pairing, flagged, frozenset(touched - (allowed - guilty)))
+    guilty = _bisect(model, flow, planned, images, blocks, touched)
+    plan = planned(forbidden=frozenset(touched - (allowed - guilty)))
     attempt, again = _attempt(model, plan, flow, images)
     if attempt is None:
         raise SurgeryError(
@@ -159,8 +168,7 @@ def _blocks(flow: ChannelFlow, plan: RemovalPlan) -> list[set[int]]:
 def _bisect(
     model: nn.Module,
     flow: ChannelFlow,
-    pairing: Pairing,
-    flagged: Mapping[str, Ints],
+    planned: Callable[..., RemovalPlan],
     images: Tensor,
     blocks: list[set[int]],
     everything: set[int],
@@ -169,11 +177,11 @@ def _bisect(
     if not blocks:
         return set()
     allowed = set().union(*blocks)
-    plan = make_plan(flow, pairing, flagged, frozenset(everything - allowed))
+    plan = planned(forbidden=frozenset(everything - allowed))
     if _attempt(model, plan, flow, images[:2])[0] is not None:
         return set()
     if len(blocks) == 1:
         return set(blocks[0])
     half = len(blocks) // 2
-    rest = (model, flow, pairing, flagged, images)
+    rest = (model, flow, planned, images)
     return _bisect(*rest, blocks[:half], everything) | _bisect(*rest, blocks[half:], everything)
