@@ -23,12 +23,12 @@ from bshub.inputs import Inputs, image_facts, image_warnings, load_inputs, model
 from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
 from bshub.parallel import Workers, launched
-from bshub.pipeline import OURS, sanitize, scan
+from bshub.pipeline import sanitize, scan
 from bshub.progress import Progress, Steps
 from bshub.release.publish import check_name, publish
 from bshub.repair.finetune import find_repair
 from bshub.scoring.suspiciousness import find_score
-from bshub.settings import Settings
+from bshub.settings import OURS, Settings
 from bshub.writing import Wishes, write_artifact
 
 

@@ -27,8 +27,6 @@ from bshub.surgery.remove import Removal, remove
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-__all__ = ["OURS", "SanitizeResult", "sanitize", "scan"]
-
 PROOF_IMAGES = 16
 WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning

@@ -82,13 +82,16 @@ def choose_share(
         tried[k] = accuracy_at(asked * k / STEPS)
         return tried[k][1] >= floor
 
+    def count(k: int) -> int:
+        return sum(map(len, tried[k][0].values()))
+
     def found(k: int, reason: str) -> Shrink:
-        curve = tuple((asked * k / STEPS, sum(map(len, tried[k][0].values())), tried[k][1]) for k in sorted(tried))
+        curve = tuple((asked * k / STEPS, count(k), tried[k][1]) for k in sorted(tried))
         return Shrink(asked, reason, curve, floor, tried[k][0], scored)
 
     loss = f"{budget:g} points of {measured} on the clean images"
     if good(STEPS):
-        if not tried[STEPS][0]:
+        if not count(STEPS):
             return found(STEPS, "no group of useless filters can leave as a whole: nothing more is removed")
         return found(STEPS, f"all that was asked for and can leave costs at most {loss}")
     if not good(0):
@@ -97,6 +100,6 @@ def choose_share(
     while bad - best > 1:
         middle = (best + bad) // 2
         best, bad = (middle, bad) if good(middle) else (best, middle)
-    if not tried[best][0]:
+    if not count(best):
         return found(best, f"even the least useful filters cost more than {loss}: nothing more is removed")
     return found(best, f"the largest share whose pruned model loses at most {loss}")
