@@ -24,7 +24,7 @@ from bshub.pipeline import SanitizeResult, sanitize, scan
 from bshub.scoring.plan import make_plan
 from bshub.scoring.shrink import STEPS, choose_share
 from bshub.scoring.statistics import measure
-from bshub.scoring.usefulness import MOST_OF_A_LAYER, spare_order, taken, usefulness
+from bshub.scoring.usefulness import MOST_OF_A_LAYER, STEP, spare_order, taken, usefulness
 from bshub.settings import Settings
 from bshub.surgery.remove import remove, silence
 from bshub.writing import Wishes
@@ -328,12 +328,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def test_the_demo_gets_smaller_and_its_artifact_loads_bit_for_bit(demo: Artifact) -> None:
     report = demo.report
-    assert report["counts"]["spare"] > 150
-    assert report["macs"]["after"] < 0.8 * report["macs"]["before"]
+    assert report["counts"]["spare"] > 100
+    assert report["macs"]["after"] < 0.9 * report["macs"]["before"]
     assert report["proof"]["holds"]
     model = bshub.load(str(demo.folder)).module
     assert sum(parameter.numel() for parameter in model.parameters()) == report["parameters"]["after"]
     assert bshub_command("verify", demo.folder).exit_code == 0
+
+
+def test_wide_layers_keep_a_width_that_runtimes_like(demo: Artifact) -> None:
+    model = bshub.load(str(demo.folder)).module
+    widths = {name: model.get_submodule(name).out_channels for name in demo.report["shrink"]["filters"]}
+    assert len(widths) > 5
+    assert {width % STEP for width in widths.values()} == {0}, widths
 
 
 def test_an_artifact_of_both_kinds_rebuilds_from_one_recipe(tmp_path: Path) -> None:
