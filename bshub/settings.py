@@ -41,8 +41,8 @@ class Settings:
         batch_size: Images per batch.
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        precision: Of the repair's arithmetic: ``fp32``, or ``bf16`` (autocast; weights stay float32), which takes about
-            half the time on processors that have it. Scores, plan and proof are never in bf16.
+        precision: Of the repair's arithmetic: ``fp32``, or ``bf16`` (autocast; weights stay float32), which takes less
+            time on processors that have it. Scores, plan and proof are never in bf16.
         effort: Share of a baseline's published iterations, 1 = as published; ours has none.
         shrink: Largest share of the filters that leave beside the suspicious ones because they are of little use, as
             far as the budget allows; 0 = none. Not for baselines.
