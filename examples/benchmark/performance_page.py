@@ -127,8 +127,8 @@ def _onnx(rows: Rows) -> list[str]:
         "The small model in onnxruntime beside the original (demo, 32 px, one thread). The defaults remove few",
         "filters, and a network with odd widths can be *slower* than the original although it computes less: the",
         "runtime's fast kernels take channels in blocks of 8 or 16. `--dense` writes the same function at the original",
-        "widths; `--shrink 0.3` goes on with the least useful filters within the accuracy budget, in portions that leave wide",
-        "layers a multiple of 8.",
+        "widths; `--shrink 0.3` goes on with the least useful filters within the accuracy budget, in portions that",
+        "leave wide layers a multiple of 8.",
         "",
         *_table(
             ["settings", "MACs", "parameters", "file", "latency, batch 1", "latency, batch 32"],
