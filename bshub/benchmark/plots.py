@@ -61,7 +61,7 @@ def _trade(found: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
-    """Rows of ``bshub:mu=…`` and the plain ``bshub`` beside them."""
+    """Rows of ``bshub:mu=…`` and the plain ``bshub`` of the same model beside them."""
     points = []
     for group in found:
         name, _, options = group.method.partition(":")
@@ -73,7 +73,8 @@ def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
         for figure, kind in (("asr", "ASR"), ("accuracy", "ACC")):
             value = group.mean(rate("after", figure))
             points.append({"model": group.model, "mu": mu, "chosen": not options, "kind": kind, "percent": value})
-    return points
+    swept = {point["model"] for point in points if not point["chosen"]}
+    return [point for point in points if point["model"] in swept]
 
 
 def _by_count(found: Sequence[Group]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A fleet of copies of the demo's model with one worker and with two: how far the second one helps."""
+"""A fleet of variants of the demo's model with one worker and with two: how far the second one helps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import DEMO
+from safetensors.torch import load_file, save_file
 
 MODELS = 6
 BSHUB = str(Path(sys.executable).with_name("bshub"))
@@ -20,8 +21,11 @@ def fleet_rows() -> list[dict[str, Any]]:
     """Wall seconds of the whole command, start of Ray included."""
     with tempfile.TemporaryDirectory() as folder:
         names = [Path(folder) / f"model-{index}" for index in range(MODELS)]
-        for name in names:
+        for index, name in enumerate(names):  # equal weights would be one task
             shutil.copytree(DEMO / "model", name)
+            weights = load_file(name / "model.safetensors")
+            weights["fc.bias"] = weights["fc.bias"] + 1e-6 * index
+            save_file(weights, name / "model.safetensors")
         models = Path(folder) / "models.txt"
         models.write_text("".join(f"{name}\n" for name in names))
         rows = []

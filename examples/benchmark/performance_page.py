@@ -166,7 +166,7 @@ def _fleet(rows: Rows) -> list[str]:
     two = rows[-1]
     each = (rows[0]["wall"] - two["start"]) / two["models"]
     return [
-        f"`bshub fleet` on {two['models']} copies of the demo's model, whole command; starting Ray takes "
+        f"`bshub fleet` on {two['models']} variants of the demo's model, whole command; starting Ray takes "
         f"{two['start']:.0f} s of it.",
         "",
         *_table(
