@@ -105,6 +105,6 @@ def test_every_architecture_of_the_zoo_can_be_built() -> None:
 
     assert {row["arch"] for row in models()} == set(ARCHITECTURES)
     for name in ARCHITECTURES:
-        module, config, _ = build(parse_architecture(architecture(name, 4)), None)
+        module, config, _ = build(parse_architecture(architecture(name, 4)), 10)
         assert tuple(config["input_size"]) == (3, 32, 32)
         assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
