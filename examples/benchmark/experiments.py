@@ -59,12 +59,14 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 
 
-def run(name: str, zoo: Path, data: Path, rows: Rows, seeds: tuple[int, ...], effort: float, tests: int) -> None:
+def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) -> None:
     """Measure what is missing of one experiment."""
     wanted = EXPERIMENTS[name]
     models = tuple(zoo / model for model in wanted.models if (zoo / model / "training.json").exists())
     methods = tuple(wanted.methods.split())
-    run_grid(Grid(models, data, methods, wanted.per_class, seeds, tests, effort, "cpu"), rows, Steps(Lines()))
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
+    tests, effort, device = args.test_images, args.effort, args.device
+    run_grid(Grid(models, data, methods, wanted.per_class, seeds, tests, effort, device), rows, Steps(Lines()))
 
 
 def judge(zoo: Path, data: Path, out: Path, tests: int) -> None:
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=1.0, help="share of the baselines' published iterations")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -117,12 +120,11 @@ def main() -> None:
     folder = args.out.with_suffix("")
     folder.mkdir(exist_ok=True)
     rows, evidence = Rows(folder / "rows.jsonl"), folder / "evidence.jsonl"
-    seeds = tuple(int(seed) for seed in args.seeds.split(","))
     for name in () if args.page else args.only or (*EXPERIMENTS, "6"):
         if name == "6":
             judge(args.zoo, args.data, evidence, min(args.test_images, 500))
         else:
-            run(name, args.zoo, args.data, rows, seeds, args.effort, args.test_images)
+            run(name, args.zoo, args.data, rows, args)
     found = [json.loads(line) for line in evidence.read_text().splitlines()] if evidence.exists() else []
     args.out.write_text(page(rows.rows, found, EXPERIMENTS, args.out), encoding="utf-8")
 
