@@ -80,18 +80,18 @@ def test_statistics_of_several_processes_are_those_of_one(size: int, images: int
     net = randomize_batch_norm(Mixed(), seed=3)
     x, y = torch.randn(images, *SIZE), torch.arange(images) % 4
     pairing = find_pairs(net, follow_channels(net, SIZE)[0])
-    alone = measure(net, pairing, [(x, y)])
+    alone = measure(net, pairing, [(x, y)], taylor=True)
 
     def work(workers: Workers) -> Any:
         own = copy.deepcopy(net)
         mine = workers.part(images)
         batches = zip(x[mine].split(3), y[mine].split(3), strict=True)
-        return measure(own, pairing, batches, workers=workers)
+        return measure(own, pairing, batches, taylor=True, workers=workers)
 
     results = together(size, work)
     for found in results:
         for name, expected in alone.items():
-            for statistic in ("spectral", "saliency", "activation", "correlation", "bn_shift"):
+            for statistic in ("spectral", "saliency", "activation", "correlation", "bn_shift", "taylor"):
                 got, want = getattr(found[name], statistic), getattr(expected, statistic)
                 torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
                 assert torch.equal(got, getattr(results[0][name], statistic)), "processes disagree"
