@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
 from bshub.errors import InconclusiveError
 from bshub.evaluation.metrics import Rate, clean_accuracy
-from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow, follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.graph.trace import Recording
 from bshub.parallel import Workers
 from bshub.progress import Steps
-from bshub.scoring.plan import RemovalPlan, make_plan
+from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
 from bshub.scoring.selection import Threshold, choose_mu, flag, standardize
 from bshub.scoring.shrink import Shrink, choose_share
 from bshub.scoring.statistics import PairStatistics, measure
@@ -164,7 +161,7 @@ def diagnose(
     elif settings.shrink and yardstick is not None:
         with steps.step("shrink"):
             shrink = _shrink(model, flow, pairing, statistics, plan, yardstick, settings)
-            plan = make_plan(flow, pairing, flagged, spare=_arrays(shrink.filters))
+            plan = make_plan(flow, pairing, flagged, spare=as_arrays(shrink.filters))
     return Diagnosis(flow, pairing, name, scores, threshold, plan, recording, rate, tuple(warnings), shrink)
 
 
@@ -220,7 +217,7 @@ def _shrink(
     yardstick: _Yardstick,
     settings: Settings,
 ) -> Shrink:
-    flagged = _arrays(suspicious.flagged)
+    flagged = as_arrays(suspicious.flagged)
     order = spare_order(flow, pairing, statistics, suspicious.flagged)
 
     def accuracy_at(share: float) -> tuple[dict[str, list[int]], float]:
@@ -230,7 +227,3 @@ def _shrink(
     return choose_share(
         accuracy_at, settings.shrink, pairing.filters, yardstick.before, settings.budget, yardstick.measured
     )
-
-
-def _arrays(filters: Mapping[str, Sequence[int]]) -> dict[str, Ints]:
-    return {name: np.asarray(index, np.int64) for name, index in filters.items()}

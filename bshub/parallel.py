@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from bshub.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     Gather = Callable[[Tensor], list[Tensor]]
@@ -33,13 +32,11 @@ class Workers:
         rank: Index of this process, 0 for the one that writes and prints.
         size: How many there are.
         gather: Tensor ``[n, …]`` → that of every process, in their order; ``n`` may differ between them.
-        device: Where this process works, if the launcher says so.
     """
 
     rank: int = 0
     size: int = 1
     gather: Gather = _alone
-    device: torch.device | None = None
 
     def part(self, items: int) -> slice:
         """This process's part of ``items`` things in a row: neighbouring ones, so that the parts follow each other."""
@@ -95,7 +92,7 @@ def launched(device: str = "auto") -> Workers:
         rows = max(counts)
         return [padded[i * rows : i * rows + count].to(home) for i, count in enumerate(counts)]
 
-    return Workers(state.process_index, state.num_processes, exchange, state.device)
+    return Workers(state.process_index, state.num_processes, exchange)
 
 
 def several() -> bool:

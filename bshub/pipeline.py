@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
@@ -21,7 +20,7 @@ from bshub.graph.trace import record
 from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
 from bshub.repair.finetune import Schedule, find_repair, repair
-from bshub.scoring.plan import RemovalPlan
+from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
 from bshub.surgery.remove import Removal, remove
 
@@ -91,12 +90,12 @@ def sanitize(
     original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device, total, workers)
     diagnosis = diagnose(original, clean.input_size, clean, settings, steps, workers)
-    found = {} if defense else diagnosis.plan.flagged  # a baseline does what it does; the surgery then removes nothing
-    flagged = {name: np.asarray(index, np.int64) for name, index in found.items()}
+    flagged = (
+        {} if defense else diagnosis.plan.flagged
+    )  # a baseline does what it does; the surgery then removes nothing
     with steps.step("surgery"):
-        images, spare = clean.images[:PROOF_IMAGES], diagnosis.plan.spare
-        spared = {name: np.asarray(index, np.int64) for name, index in spare.items()}
-        removal = remove(original, diagnosis.flow, diagnosis.pairing, flagged, images, spared)
+        images, spare = clean.images[:PROOF_IMAGES], as_arrays(diagnosis.plan.spare)
+        removal = remove(original, diagnosis.flow, diagnosis.pairing, as_arrays(flagged), images, spare)
     small = removal.model
     if defense:
         with steps.step(settings.method) as advance:

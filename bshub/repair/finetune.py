@@ -152,7 +152,7 @@ def repair(
         progress: Called with 1 after every epoch.
 
     Returns:
-        The mean loss of the last epoch (NaN without epochs), of this process's images.
+        The mean loss of the last epoch (NaN without epochs); of several processes, this one's share of it.
 
     Raises:
         UsageError: Unknown method.

@@ -9,7 +9,7 @@ its whole group or not at all, and is never silenced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,6 +139,18 @@ def make_plan(
         },
         spare={name: index.tolist() for name, index in useless.items() if len(index)},
     )
+
+
+def as_arrays(filters: Mapping[str, Sequence[int]]) -> dict[str, Ints]:
+    """Filters of a plan in the form that :func:`make_plan` takes.
+
+    Args:
+        filters: Convolution → filter indices.
+
+    Returns:
+        The same as int64 arrays.
+    """
+    return {name: np.asarray(index, np.int64) for name, index in filters.items()}
 
 
 def leaving_groups(

@@ -24,7 +24,7 @@ from bshub.errors import UsageError
 from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import Pairing
-from bshub.scoring.plan import leaving_groups
+from bshub.scoring.plan import as_arrays, leaving_groups
 from bshub.scoring.statistics import PairStatistics
 
 MOST_OF_A_LAYER = 0.8  # of its filters, suspicious and spare together
@@ -76,7 +76,7 @@ def spare_order(
     Raises:
         UsageError: The statistics were made without ``taylor``.
     """
-    suspicious = {name: np.asarray(index, np.int64) for name, index in flagged.items()}
+    suspicious = as_arrays(flagged)
     gone = leaving_groups(flow, pairing, suspicious)
     free = ~gone & leaving_groups(flow, pairing, {pair.name: np.flatnonzero(pair.paired) for pair in pairing.pairs})
     groups: dict[int, list[Filter]] = {}

@@ -33,16 +33,12 @@ def asked_levels(model: nn.Module, small: nn.Module, input_size: tuple[int, int,
     modules = dict(model.named_modules())
     if all(level.get("module") and level["module"] in modules for level in info):
         return None
+    promised: Any = model.feature_info
     before, after = _given(model, input_size), _given(small, input_size)
-    if before is None or after is None or before != [level.get("num_chs") for level in _levels(model)]:
+    if before is None or after is None or before != [level.get("num_chs") for level in promised]:
         return None
     renewed = [{**level, "num_chs": width} for level, width in zip(info, after, strict=True)]
     return renewed if renewed != info else None
-
-
-def _levels(model: nn.Module) -> Levels:
-    levels: Any = model.feature_info
-    return levels
 
 
 def _given(model: Any, input_size: tuple[int, int, int]) -> list[int] | None:

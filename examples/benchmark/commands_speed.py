@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from demo import DEMO
+from demo import BSHUB, DEMO
 
 RUNS = 9
-BSHUB = str(Path(sys.executable).with_name("bshub"))
 
 
 def command_rows() -> list[dict[str, Any]]:

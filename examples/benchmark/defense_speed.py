@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any
 
 import torch
 from demo import demo
-from look_speed import bare
+from look_speed import bare, cpu_seconds
 
 from bshub.clean import CleanImages
 from bshub.evaluation.defenses.interface import DefenseSettings
@@ -30,10 +29,8 @@ def _ours(settings: Settings) -> tuple[float, SanitizeResult]:
 def defense_rows() -> list[dict[str, Any]]:
     """CPU seconds of each, and their ratio to ours and to a bare forward and backward over the images."""
     source, batches = demo()
-    bare(copy.deepcopy(source.module), batches)
-    start = time.process_time()
-    bare(copy.deepcopy(source.module), batches)
-    step = time.process_time() - start
+    bare(source.module, batches)
+    step = cpu_seconds(lambda: bare(source.module, batches))
     seconds, result = _ours(Settings(device="cpu"))
     parts = {name: round(value, 2) for name, value in result.report["seconds"].items()}
     rows = [{"method": "bshub", "seconds": seconds, "efforts": [1], "parts": parts}]
@@ -50,9 +47,8 @@ def defense_rows() -> list[dict[str, Any]]:
 def _theirs(name: str, effort: float) -> float:
     source, batches = demo()
     clean = CleanImages(batches, torch.device("cpu"))
-    start = time.process_time()
-    find_defense(name)(source.module, clean, DefenseSettings(seed=0, effort=effort))
-    return time.process_time() - start
+    told = DefenseSettings(seed=0, effort=effort)
+    return cpu_seconds(lambda: find_defense(name)(source.module, clean, told))
 
 
 def precision_rows() -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""The demo's model and clean images in memory, as every part of the measurement uses them."""
+"""The demo's model and clean images in memory, and the command, as every part of the measurement uses them."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from bshub.intake.folders import open_folder
 from bshub.intake.models import LoadedModel, load_model
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
+BSHUB = str(Path(sys.executable).with_name("bshub"))  # the command of this environment
 
 
 def demo() -> tuple[LoadedModel, list[tuple[Tensor, Tensor]]]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from demo import DEMO
+from demo import BSHUB, DEMO
 from safetensors.torch import load_file, save_file
 
 MODELS = 6
-BSHUB = str(Path(sys.executable).with_name("bshub"))
 
 
 def fleet_rows() -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ def looker(model: nn.Module, size: tuple[int, int, int]) -> Callable[[Any], Any]
     return look
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """CPU seconds of this process."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -85,7 +86,7 @@ def ratio_to_bare(reference: str, images: int = IMAGES, turns: int = TURNS) -> d
     look, held = looker(model, size), list(batches(images, size))
     taken = []
     for _ in range(turns + 1):
-        taken.append((_seconds(lambda: bare(model, held)), _seconds(lambda: look(held))))
+        taken.append((cpu_seconds(lambda: bare(model, held)), cpu_seconds(lambda: look(held))))
     taken = taken[1:]  # the first turn warms up
     return {
         "model": reference,
@@ -144,7 +145,7 @@ def spectral_ratio(reference: str, turns: int = TURNS) -> dict[str, Any]:
         return [filter_norms(weight) for weight in weights]
 
     error = max(float((a / b - 1).abs().max()) for a, b in zip(ours(), loop(), strict=True))
-    taken = [(_seconds(ours), _seconds(loop)) for _ in range(turns)]
+    taken = [(cpu_seconds(ours), cpu_seconds(loop)) for _ in range(turns)]
     return {
         "model": reference,
         "filters": sum(len(weight) for weight in weights),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 from demo import demo
+from look_speed import cpu_seconds
 from torch import nn
 
 from bshub.pipeline import sanitize
@@ -56,10 +56,8 @@ def _ratio(before: Any, after: Any, size: int) -> dict[str, float]:
     repeats = max(1, 64 // size)  # a run long enough for the clock
 
     def taken(session: Any) -> float:
-        start = time.process_time()
-        for _ in range(repeats):
-            session.run(None, {session.get_inputs()[0].name: images})
-        return (time.process_time() - start) / repeats
+        given = {session.get_inputs()[0].name: images}
+        return cpu_seconds(lambda: [session.run(None, given) for _ in range(repeats)]) / repeats
 
     turns = [(taken(before), taken(after)) for _ in range(RUNS + 1)][1:]
     return {

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from demo import DEMO
 
 from bshub.benchmark.command import bench_to_folder
 from bshub.benchmark.grid import Grid
 
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 METHODS = ("bshub", "bshub:mu=2.0", "bshub:mu=4.0", "bshub:repair=finetune", "paper", "clp", "bnp", "ft", "nad")
 
 

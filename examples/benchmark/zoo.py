@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from demo import BSHUB
 
 HERE = Path(__file__).parent
 CIFAR = "num_classes=10&stem=cifar"
@@ -63,7 +64,7 @@ def architecture(name: str, width: int) -> str:
 
 def train(row: dict[str, str], data: Path, out: Path, width: int, epochs: int) -> None:
     """One model, in a process of its own; label-consistent turns images against the clean control, if that is there."""
-    command = [str(Path(sys.executable).with_name("bshub")), "attack", architecture(row["arch"], width)]
+    command = [BSHUB, "attack", architecture(row["arch"], width)]
     command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", row["attack"]]
     command += ["--rate", row["rate"], "--seed", row["seed"], "--epochs", str(epochs)]
     clean = out / "clean"
