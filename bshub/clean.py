@@ -135,6 +135,11 @@ class CleanImages:
         return channels, height, width
 
     @property
+    def classes(self) -> int:
+        """Outputs of the model, as ``expect`` was told them; 0 before."""
+        return self._classes or 0
+
+    @property
     def images(self) -> Tensor:
         """The kept images, ``[n, c, h, w]``."""
         return self._joined()[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from bshub.graph.trace import Recording
 from bshub.parallel import Workers
 from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
-from bshub.scoring.selection import Threshold, choose_mu, flag, standardize
+from bshub.scoring.response import trigger_response
+from bshub.scoring.selection import MU_NOTHING, Threshold, choose_mu, flag, standardize
+from bshub.scoring.shortcut import Shortcut, find_shortcut, total_steps
 from bshub.scoring.shrink import Shrink, choose_share
 from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import find_score
@@ -25,9 +27,11 @@ from bshub.scoring.usefulness import spare_order, taken
 from bshub.settings import Settings
 from bshub.surgery.remove import silence
 
+RESPONSE_IMAGES = 256  # that the answer to an inverted trigger is averaged over
 FOREIGN = 0.5  # clean accuracy below which the images probably are not the model's
 WEIGHTS_ONLY_SCORE = "lipschitz"
 WEIGHTS_ONLY_MU = 3.0  # CLP's own value
+FAILS = 0.2  # success of an inverted trigger on the clean images, up to which it does not work any more
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Diagnosis:
         clean_accuracy: On the clean images; None without images.
         warnings: What a user should know.
         shrink: The useless filters that would leave too; None where none were to be looked for.
+        shortcut: What the search for a trigger came to; None where none was to be looked for.
     """
 
     flow: ChannelFlow
@@ -57,6 +62,7 @@ class Diagnosis:
     clean_accuracy: Rate | None
     warnings: tuple[str, ...]
     shrink: Shrink | None = None
+    shortcut: Shortcut | None = None
 
     def most_suspicious(self, count: int) -> list[tuple[str, int, float]]:
         """The ``count`` flagged filters with the highest scores: (convolution, filter, score)."""
@@ -74,6 +80,7 @@ class Diagnosis:
             "pairs": len(self.pairing.pairs),
             "unpaired": self.pairing.unpaired,
             "score": self.score,
+            "inversion": None if self.shortcut is None else self.shortcut.as_dict(),
             "threshold": self.threshold.as_dict(),
             "counts": self.counts(self.plan),
             "flagged": self.plan.flagged,
@@ -134,14 +141,21 @@ def diagnose(
     if clean is None and find_score(name).needs_images:
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE
-    score = find_score(name)
+    asks_trigger = find_score(name).needs_trigger
     shrinks = clean is not None and settings.shrink > 0
-    stream = clean.stream() if clean is not None and (score.needs_images or shrinks) else None
+    streams = shrinks or (find_score(name).needs_images and not asks_trigger)
+    stream = clean.stream() if clean is not None and streams else None
     with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
         statistics = measure(model, pairing, stream, taylor=shrinks, workers=workers, progress=advance)
     if clean is not None:
         clean.drain()
         clean.join()
+    shortcut = None
+    if clean is not None and asks_trigger:
+        with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
+            shortcut = find_shortcut(model, clean.images, clean.labels, settings.seed, advance)
+        name, statistics = _answered(name, model, pairing, clean, shortcut, statistics, warnings)
+    score = find_score(name)
     with steps.step("threshold"):
         scores = {pair.name: standardize(score.function(statistics[pair.name])) for pair in pairing.pairs}
         rate = None
@@ -153,7 +167,7 @@ def diagnose(
                     "and preprocessing those of the model?"
                 )
         yardstick = _yardstick(model, clean, rate, settings)
-        threshold = _threshold(model, flow, pairing, scores, yardstick, settings)
+        threshold = _threshold(model, flow, pairing, scores, clean, yardstick, shortcut, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None
     if settings.shrink and yardstick is None:
@@ -162,7 +176,26 @@ def diagnose(
         with steps.step("shrink"):
             shrink = _shrink(model, flow, pairing, statistics, plan, yardstick, settings)
             plan = make_plan(flow, pairing, flagged, spare=as_arrays(shrink.filters))
-    return Diagnosis(flow, pairing, name, scores, threshold, plan, recording, rate, tuple(warnings), shrink)
+    return Diagnosis(flow, pairing, name, scores, threshold, plan, recording, rate, tuple(warnings), shrink, shortcut)
+
+
+def _answered(
+    name: str,
+    model: nn.Module,
+    pairing: Pairing,
+    clean: CleanImages,
+    shortcut: Shortcut,
+    statistics: dict[str, PairStatistics],
+    warnings: list[str],
+) -> tuple[str, dict[str, PairStatistics]]:
+    """The score that can be used, and the statistics with how the filters answer to what was found."""
+    if not shortcut.triggers:
+        if not shortcut.searched:
+            warnings.append(f"{shortcut.reason()}: the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
+        return WEIGHTS_ONLY_SCORE, statistics
+    images, labels = clean.images[:RESPONSE_IMAGES], clean.labels[:RESPONSE_IMAGES]
+    response = trigger_response(model, pairing, images, labels, shortcut.triggers)
+    return name, {layer: replace(found, tac=response[layer]) for layer, found in statistics.items()}
 
 
 @dataclass(frozen=True)
@@ -172,6 +205,10 @@ class _Yardstick:
     batches: list[tuple[Tensor, Tensor]]
     before: float
     measured: str
+
+    def allowed(self, budget: float) -> float:
+        """Points that may be lost: at least those of one image, or ten images would forbid everything."""
+        return max(budget, 100 / sum(len(labels) for _, labels in self.batches))
 
 
 def _yardstick(model: nn.Module, clean: CleanImages | None, rate: Rate | None, settings: Settings) -> _Yardstick | None:
@@ -191,13 +228,17 @@ def _threshold(
     flow: ChannelFlow,
     pairing: Pairing,
     scores: dict[str, Tensor],
+    clean: CleanImages | None,
     yardstick: _Yardstick | None,
+    shortcut: Shortcut | None,
     settings: Settings,
 ) -> Threshold:
     if settings.mu != "auto":
         return Threshold(float(settings.mu), "given")
-    if yardstick is None:
+    if clean is None or yardstick is None:
         return Threshold(WEIGHTS_ONLY_MU, "without clean images the usual value")
+    if shortcut is not None and shortcut.searched and not shortcut.triggers:
+        return Threshold(MU_NOTHING, shortcut.reason())
 
     def accuracy_at(mu: float) -> tuple[int, float]:
         plan = make_plan(flow, pairing, flag(pairing.pairs, scores, mu))
@@ -205,7 +246,14 @@ def _threshold(
         pruned = silence(model, plan) if flagged else model
         return flagged, clean_accuracy(pruned, yardstick.batches).value
 
-    return choose_mu(accuracy_at, yardstick.before, settings.budget, yardstick.measured)
+    def fails(mu: float) -> bool:
+        pruned = silence(model, make_plan(flow, pairing, flag(pairing.pairs, scores, mu)))
+        return shortcut is None or all(
+            t.success(pruned, clean.images, clean.labels) <= FAILS for t in shortcut.triggers
+        )
+
+    budget, enough = yardstick.allowed(settings.budget), fails if shortcut is not None and shortcut.triggers else None
+    return choose_mu(accuracy_at, yardstick.before, budget, yardstick.measured, enough)
 
 
 def _shrink(
@@ -225,5 +273,10 @@ def _shrink(
         return plan.spare, clean_accuracy(silence(model, plan), yardstick.batches).value
 
     return choose_share(
-        accuracy_at, settings.shrink, pairing.filters, yardstick.before, settings.budget, yardstick.measured
+        accuracy_at,
+        settings.shrink,
+        pairing.filters,
+        yardstick.before,
+        yardstick.allowed(settings.budget),
+        yardstick.measured,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bshub.clean import CleanImages
 from bshub.device import pick_device
-from bshub.diagnosis import Diagnosis, diagnose
+from bshub.diagnosis import WEIGHTS_ONLY_SCORE, Diagnosis, diagnose
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import find_defense
 from bshub.evaluation.metrics import clean_accuracy
@@ -19,7 +19,8 @@ from bshub.graph.cost import count_macs
 from bshub.graph.trace import record
 from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
-from bshub.repair.finetune import Schedule, find_repair, repair
+from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
+from bshub.repair.resistance import held_against
 from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
 from bshub.surgery.remove import Removal, remove
@@ -89,10 +90,10 @@ def sanitize(
     defense = None if settings.method in OURS else find_defense(settings.method, OURS)
     original = copy.deepcopy(model).to(device).float().eval()
     clean = CleanImages(loader, device, total, workers)
-    diagnosis = diagnose(original, clean.input_size, clean, settings, steps, workers)
-    flagged = (
-        {} if defense else diagnosis.plan.flagged
-    )  # a baseline does what it does; the surgery then removes nothing
+    # a baseline does what it does: nobody asks for a trigger then
+    looking = replace(settings, score=WEIGHTS_ONLY_SCORE) if defense else settings
+    diagnosis = diagnose(original, clean.input_size, clean, looking, steps, workers)
+    flagged = {} if defense else diagnosis.plan.flagged  # the surgery then removes nothing
     with steps.step("surgery"):
         images, spare = clean.images[:PROOF_IMAGES], as_arrays(diagnosis.plan.spare)
         removal = remove(original, diagnosis.flow, diagnosis.pairing, as_arrays(flagged), images, spare)
@@ -104,13 +105,17 @@ def sanitize(
         removal = replace(removal, model=small)
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     warnings = list(diagnosis.warnings)
-    repaired = bool(removal.plan.flagged or removal.plan.spare) and settings.finetune_epochs > 0
+    triggers = diagnosis.shortcut.triggers if diagnosis.shortcut and not defense else ()
+    pruned_off = removal.plan.flagged or removal.plan.spare
+    repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
+    unlearning = None
     if repaired:
         schedule = Schedule(
             settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
         )
         before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-        with steps.step("repair", settings.finetune_epochs) as advance:
+        held = held_against(small, triggers, clean)
+        with steps.step("repair", epochs_of(schedule, len(clean.images), bool(triggers))) as advance:
             repair(
                 small,
                 original,
@@ -119,11 +124,15 @@ def sanitize(
                 removal.plan.zeroed_after(),
                 settings.repair,
                 schedule,
+                triggers=triggers,
                 workers=workers,
                 progress=advance,
             )
         after = clean_accuracy(small, clean.batches(settings.batch_size))
-        if not _finite(small) or after.value < pruned.value - WORSE:
+        left = held_against(small, triggers, clean)
+        unlearning = {"before": held, "after": left} if triggers else None
+        # what is left of the trigger is worth as much as what is left of the accuracy
+        if not _finite(small) or after.value < pruned.value - max(WORSE, held - left):
             small.load_state_dict(before_repair)
             repaired, after = False, pruned
             warnings.append("the repair made the model worse and was undone: a lower --finetune-lr may help")
@@ -145,6 +154,7 @@ def sanitize(
         "refused": removal.refused,
         "proof": removal.proof.as_dict(),
         "repaired": repaired,
+        "trigger_success": unlearning,
         "clean_images": {
             "n": clean.count,
             "accuracy_before": diagnosis.clean_accuracy.as_dict(),

@@ -49,7 +49,7 @@ class Settings:
     """
 
     method: str = "bshub"
-    score: str = "lipschitz"
+    score: str = "tac"
     mu: float | str = "auto"
     budget: float = 5.0
     repair: str = "distil"

@@ -25,7 +25,7 @@ def fleet(
     retries: Annotated[int, typer.Option(min=0, help="How often a model is tried again whose worker died.")] = 2,
     test_dir: options.TestDir = None,
     unlabelled: options.Unlabelled = False,
-    score: options.ScoreName = "lipschitz",
+    score: options.ScoreName = "tac",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
     batch_size: options.BatchSize = 32,

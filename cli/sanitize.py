@@ -40,7 +40,7 @@ def sanitize(
         str, typer.Option(help="bshub, paper, or a baseline: anp, awm, bnp, clp, ft, … (for comparison).")
     ] = "bshub",
     effort: Annotated[float, typer.Option(help="Share of a baseline's published iterations.")] = 1.0,
-    score: options.ScoreName = "lipschitz",
+    score: options.ScoreName = "tac",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
     shrink: options.Shrink = 0.0,

@@ -15,7 +15,7 @@ def scan(
     num_classes: options.NumClasses = None,
     classes: options.Classes = None,
     unlabelled: options.Unlabelled = False,
-    score: options.ScoreName = "lipschitz",
+    score: options.ScoreName = "tac",
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
     batch_size: options.BatchSize = 32,

@@ -11,9 +11,10 @@ import torch
 from little_nets import coloured_images, same, snapshot
 from torch import nn
 
+from bshub.augment import SHIFT, augment
 from bshub.errors import UsageError
 from bshub.evaluation.metrics import clean_accuracy
-from bshub.repair.finetune import REPAIRS, SHIFT, Schedule, augment, cross_entropy, distil, repair
+from bshub.repair.finetune import REPAIRS, Schedule, cross_entropy, distil, repair
 
 ZEROED = {"conv1.weight": [1, 5], "bn1.weight": [1, 5], "bn1.bias": [1, 5], "conv2.weight": [0], "bn2.running_mean": []}
 SHORT = Schedule(epochs=3, lr=0.01, batch_size=16, seed=7)

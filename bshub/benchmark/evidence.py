@@ -1,17 +1,12 @@
-"""Which statistic finds the backdoor? Each one held against the trigger-activated change (an oracle).
+"""Which statistic finds the backdoor? Each one held against the trigger-activated change of the real trigger.
 
-``TAC_k = mean over images of ‖a_k(x + trigger) - a_k(x)‖₂`` with ``a_k`` the map of channel ``k`` after batch norm and
-activation (Zheng et al., *Data-free Backdoor Removal based on Channel Lipschitzness*, arXiv 2208.03111, section 3).
 This looks at the trigger on test images: it explains methods, it is no part of one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +19,10 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import ConvBN, Pairing, find_pairs
 from bshub.graph.trace import in_mode
 from bshub.intake.folders import ClassFolder
+from bshub.scoring.response import activated_change
 from bshub.scoring.statistics import PairStatistics, measure
-from bshub.scoring.stream import activation_of, affine_of
 from bshub.scoring.suspiciousness import SCORES
 
-BATCH = 100
 TOP = 0.05  # of a layer's filters: those that TAC puts first are the ones to find
 ASCENT_LR, ASCENT_STEPS, FLOOR = 1e-3, 100, 0.1
 
@@ -78,7 +72,7 @@ def judge_statistics(
 
 
 def _layer(pair: ConvBN, statistics: PairStatistics, unlearned: Tensor, change: Tensor) -> LayerEvidence:
-    values = {name: score.function(statistics) for name, score in SCORES.items()}
+    values = {name: score.function(statistics) for name, score in SCORES.items() if not score.needs_trigger}
     for name in ("activation", "correlation", "saliency"):
         values[f"low {name}"] = -getattr(statistics, name)
     values["unlearning"] = unlearned
@@ -88,49 +82,6 @@ def _layer(pair: ConvBN, statistics: PairStatistics, unlearned: Tensor, change: 
         {name: spearman(value, change) for name, value in values.items()},
         {name: hit_rate(value, change) for name, value in values.items()},
     )
-
-
-def activated_change(model: nn.Module, pairing: Pairing, images: Tensor, stamped: Tensor) -> dict[str, Tensor]:
-    """TAC of every filter: convolution → ``[out_channels]``.
-
-    Args:
-        model: In evaluation mode.
-        pairing: Its pairs.
-        images: ``[n, c, h, w]``.
-        stamped: The same with the trigger.
-    """
-    total = {pair.name: torch.zeros(pair.out_channels) for pair in pairing.pairs}
-    for start in range(0, len(images), BATCH):
-        with torch.no_grad(), _maps(model, pairing) as maps:
-            model(images[start : start + BATCH])
-            before = dict(maps)
-            maps.clear()
-            model(stamped[start : start + BATCH])
-            for name, map_ in maps.items():
-                total[name] += (map_ - before[name]).flatten(2).norm(dim=2).sum(0)  # (n, out, places) → (out,)
-    return {name: value / len(images) for name, value in total.items()}
-
-
-@contextmanager
-def _maps(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, Tensor]]:
-    """Each pair's map after batch norm and activation, filled by every run."""
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    maps: dict[str, Tensor] = {}
-
-    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
-        affine, act = affine_of(pair, named), activation_of(pair)
-
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            shape = [1, -1, *[1] * (output.ndim - 2)]
-            maps[pair.name] = act(output * affine.scale.view(shape) + affine.shift.view(shape))
-
-        return keep
-
-    with ExitStack() as stack:
-        for pair in pairing.pairs:
-            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
-            stack.callback(handle.remove)
-        yield maps
 
 
 def unlearning_change(

@@ -2,6 +2,11 @@
 
 A repair changes the small model in place. Two things hold for each: batch-norm statistics stay as they are (a
 few images cannot estimate them), and silenced filters stay zero (a batch norm would otherwise learn them back).
+
+Where inverted triggers are known, every batch is shown a second time with one of them, sharpened by one step against
+the network as it is by then, and has to be answered as the original answers the clean images: what is left of the
+shortcut is unlearned, by whichever path it runs (adversarial training against one universal change; the idea of
+I-BAU, Zeng et al., ICLR 2022).
 """
 
 from __future__ import annotations
@@ -13,17 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bshub.augment import augment
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 from bshub.parallel import Workers
+from bshub.scoring.inversion import InvertedTrigger
+from bshub.scoring.statistics import asking_only
 
 Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-SHIFT = 1 / 16  # of the image's side, in each direction
 WARM_UP = 0.1
+FEWEST_STEPS = 40  # where a trigger is unlearned; ten images give one step a pass
+MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
 
 @dataclass(frozen=True)
@@ -43,31 +52,6 @@ class Schedule:
     batch_size: int
     seed: int
     precision: str = "fp32"
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images and shift each by up to a sixteenth of its side (reflection at the border).
-
-    Args:
-        images: ``(n, c, h, w)``.
-        generator: Source of the choices, on the CPU.
-
-    Returns:
-        A new tensor of the same shape.
-    """
-    n, _, height, width = images.shape
-    reach_y, reach_x = max(1, int(height * SHIFT)), max(1, int(width * SHIFT))
-    flips = (torch.rand(n, generator=generator) < 0.5).to(images.device)
-    images = torch.where(flips.view(n, 1, 1, 1), images.flip(3), images)
-    padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y), mode="reflect")
-    tops = torch.randint(0, 2 * reach_y + 1, (n,), generator=generator).tolist()
-    lefts = torch.randint(0, 2 * reach_x + 1, (n,), generator=generator).tolist()
-    return torch.stack(
-        [
-            image[:, top : top + height, left : left + width]
-            for image, top, left in zip(padded, tops, lefts, strict=True)
-        ]
-    )
 
 
 def distil(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
@@ -133,6 +117,7 @@ def repair(
     method: str,
     schedule: Schedule,
     *,
+    triggers: Sequence[InvertedTrigger] = (),
     workers: Workers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> float:
@@ -147,7 +132,8 @@ def repair(
         labels: ``[n]``.
         zeroed: Parameter → indices of its first axis that must stay zero.
         method: Key of ``REPAIRS``.
-        schedule: Epochs, learning rate, batch size, seed.
+        schedule: Epochs, learning rate, batch size, seed; with triggers as many epochs as make ``FEWEST_STEPS`` steps.
+        triggers: To be unlearned; they take turns and are sharpened in place.
         workers: Processes that all call this with the same images.
         progress: Called with 1 after every epoch.
 
@@ -158,7 +144,8 @@ def repair(
         UsageError: Unknown method.
     """
     loss_of, workers = find_repair(method), workers or Workers()
-    if not schedule.epochs:
+    epochs, each = epochs_of(schedule, len(images), bool(triggers)), -(-len(images) // schedule.batch_size)
+    if not epochs:
         return float("nan")
     parameters = dict(model.named_parameters())
     masks = {
@@ -173,28 +160,35 @@ def repair(
     optimizer = torch.optim.SGD(
         parameters.values(), lr=schedule.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
-    steps = max(schedule.epochs * -(-len(images) // schedule.batch_size), 4)
+    steps = max(epochs * each, 4)
     # the warm-up needs two steps of its own, which a tenth of a short repair is not
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, schedule.lr, total_steps=steps, pct_start=max(WARM_UP, 2 / steps)
     )
     total = 0.0
     with in_mode(model, False), in_mode(teacher, False):
-        for _ in range(schedule.epochs):
+        for epoch in range(epochs):
             total = 0.0
-            for index in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
+            order = torch.randperm(len(images), generator=generator).split(schedule.batch_size)
+            for turn, index in enumerate(order, epoch * each):
                 batch, mine = augment(images[index], generator), workers.part(len(index))
+                stamped = (
+                    _stamped(model, triggers[turn % len(triggers)], batch, labels[index])[mine] if triggers else None
+                )
                 optimizer.zero_grad(set_to_none=True)
                 index, batch = index[mine], batch[mine]
                 if len(index):  # the last batch may be smaller than the number of processes
                     with torch.autocast(batch.device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
                         with torch.no_grad():
                             answers = teacher(batch)
-                        logits = model(batch)
-                    loss = loss_of(logits.float(), labels[index], answers.float())
+                        logits = model(batch if stamped is None else torch.cat((batch, stamped)))
+                    times = len(logits) // len(batch)
+                    loss = loss_of(logits.float(), labels[index].repeat(times), answers.float().repeat(times, 1))
                     loss.backward()
                     total += float(loss.detach()) * len(index)
                 _average_gradients(list(parameters.values()), len(index), workers)
+                if triggers:
+                    nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
                 optimizer.step()
                 cycle.step()
                 with torch.no_grad():
@@ -205,6 +199,26 @@ def repair(
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     return total / len(images)
+
+
+def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
+    """Passes that a repair takes: as told, and at least ``FEWEST_STEPS`` steps where it unlearns a trigger.
+
+    Args:
+        schedule: As told.
+        images: How many there are.
+        unlearns: Whether there are triggers.
+    """
+    each = -(-images // schedule.batch_size)
+    return max(schedule.epochs, -(-FEWEST_STEPS // each)) if unlearns and schedule.epochs else schedule.epochs
+
+
+def _stamped(model: nn.Module, trigger: InvertedTrigger, batch: Tensor, labels: Tensor) -> Tensor:
+    """The batch with the trigger after one step against the present network; the same in every process."""
+    others = batch[labels != trigger.target]
+    with asking_only(model, []):
+        trigger.sharpen(model, others if len(others) else batch)
+    return trigger(batch)
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter], images: int, workers: Workers) -> None:

@@ -88,17 +88,19 @@ def choose_mu(
     accuracy_before: float,
     budget: float,
     measured: str = "accuracy",
+    enough: Callable[[float], bool] | None = None,
 ) -> Threshold:
-    """The lowest μ whose pruned model stays within the budget on the clean images.
+    """The lowest μ whose pruned model stays within the budget on the clean images, or the highest that is enough.
 
     Candidates stand 0.25 apart from 6 down to 1. Pruning more costs more, so the border is bracketed by steps of
-    1 downwards and then by 0.5 and 0.25 inside the bracket: about eight evaluations. No trigger is involved.
+    1 downwards and then by 0.5 and 0.25 inside the bracket: about eight evaluations. The real trigger is not involved.
 
     Args:
         accuracy_at: μ → (flagged filters, accuracy of the pruned model on the clean images, 0 to 1).
         accuracy_before: The same of the untouched model.
         budget: Points of accuracy that may be lost.
         measured: What the accuracy is, for the reason.
+        enough: Whether an inverted trigger fails on the pruned model of μ; more need not be removed then.
 
     Returns:
         The threshold with everything that was tried.
@@ -110,18 +112,21 @@ def choose_mu(
         tried[mu] = accuracy_at(mu)
         return tried[mu][1] >= floor
 
-    best, bad, step = math.inf, None, 1.0
+    best, bad, fails, step = math.inf, None, False, 1.0
     mu = MU_HIGH
-    while mu >= MU_LOW:
+    while mu >= MU_LOW and not fails:
         if not good(mu):
             bad = mu
             break
+        fails = enough is not None and enough(mu)
         best, mu = mu, mu - step
-    if bad is not None and best is not math.inf:
-        for step in (0.5, MU_STEP):
-            middle = best - step
-            if middle > bad and good(middle):
-                best = middle
+    for step in (0.5, MU_STEP):
+        if fails and enough is not None:  # back up, as far as it still fails
+            middle = best + step
+            best = middle if middle < MU_HIGH and good(middle) and enough(middle) else best
+        elif bad is not None and best is not math.inf and best - step > bad and good(best - step):
+            best -= step
+            fails = enough is not None and enough(best)
     curve = tuple((mu, *tried[mu]) for mu in sorted(tried, reverse=True))
     loss = f"{budget:g} points of {measured}"
     if best is math.inf:
@@ -131,6 +136,8 @@ def choose_mu(
             curve,
             floor,
         )
+    if fails:
+        return Threshold(best, f"the highest μ at which the inverted trigger fails, within {loss}", curve, floor)
     return Threshold(
         best,
         f"the lowest μ whose pruned model loses at most {loss} on the clean images",

@@ -14,6 +14,7 @@ several readers the one with the largest ``|γ|/√(σ²+ε)``) and conv output 
   image and the sum over its positions: to first order the squared change of the loss if the filter left, the
   importance of Molchanov et al. 2019 (arXiv 1906.10771, equation 8) with the batch norm's output as the gate. The
   batch norm is affine, so this is ``(Σ W[o]·∂L/∂W[o] + shift/scale · Σ ∂L/∂z[o])²``, taken from the same backward run.
+* ``tac`` (where an inverted trigger was found, ``response.py``): the change of ``act(BN(z))[o]`` under it.
 
 Memory does not grow with the number of images. *Reconstruction* (arXiv 2311.07417 does not say): the
 correlation is taken before the activation, saliency as a mean so that layers of any width compare.
@@ -48,6 +49,7 @@ class PairStatistics:
     correlation: Tensor | None = None
     bn_shift: Tensor | None = None
     taylor: Tensor | None = None
+    tac: Tensor | None = None
 
 
 def measure(
@@ -149,7 +151,7 @@ def _run(
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in streams}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     count = 0
-    with in_mode(model, False), _only_these(model, list(weights.values())), _watching(model, streams, taylor):
+    with in_mode(model, False), asking_only(model, list(weights.values())), _watching(model, streams, taylor):
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels, reduction="sum")
             for name, grad in zip(
@@ -166,8 +168,13 @@ def _run(
 
 
 @contextmanager
-def _only_these(model: nn.Module, weights: list[Any]) -> Iterator[None]:
-    """Ask autograd for these parameters only; every flag is put back."""
+def asking_only(model: nn.Module, weights: list[Any]) -> Iterator[None]:
+    """Ask autograd for these parameters only; every flag is put back.
+
+    Args:
+        model: The network.
+        weights: Those of its parameters that get a gradient.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(False)

@@ -108,15 +108,33 @@ def bn_shift(statistics: PairStatistics) -> Tensor:
     return shift
 
 
+def tac(statistics: PairStatistics) -> Tensor:
+    """Trigger-activated change under the inverted trigger: how much a filter's map answers to the shortcut.
+
+    Args:
+        statistics: Of one layer, ``[out_channels]`` each.
+
+    Returns:
+        ``[out_channels]``.
+
+    Raises:
+        UsageError: There are no clean images.
+    """
+    (change,) = _need(statistics, "tac")
+    return change
+
+
 @dataclass(frozen=True)
 class Score:
-    """A score and what it needs."""
+    """A score and what it needs: clean images, an inverted trigger."""
 
     function: Callable[[PairStatistics], Tensor]
     needs_images: bool
+    needs_trigger: bool = False
 
 
 SCORES: dict[str, Score] = {
+    "tac": Score(tac, needs_images=True, needs_trigger=True),
     "bss": Score(bss, needs_images=True),
     "clp": Score(clp, needs_images=False),
     "lipschitz": Score(lipschitz, needs_images=False),

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bshub.augment import augment
 from bshub.clean import CleanImages
 from bshub.errors import InconclusiveError
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.metrics import clean_accuracy
-from bshub.repair.finetune import augment
 
 THRESHOLDS = tuple(step / 20 for step in range(18, -1, -1))  # 0.9, 0.85 … 0
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bshub.augment import augment
 from bshub.clean import CleanImages
 from bshub.evaluation.defenses.interface import DefenseSettings
-from bshub.repair.finetune import augment
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
 """``(images [n, c, h, w], labels [n]) → loss``, a scalar that can be differentiated."""

@@ -1,0 +1,89 @@
+"""How much each filter's map answers to a trigger: the trigger-activated change.
+
+``TAC_k = mean over images of ‖a_k(x + trigger) - a_k(x)‖₂`` with ``a_k`` the map of channel ``k`` after batch norm and
+activation (Zheng et al., *Data-free Backdoor Removal based on Channel Lipschitzness*, arXiv 2208.03111, section 3).
+With the real trigger it is an oracle that judges scores; with an inverted one it is a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bshub.graph.pairs import ConvBN, Pairing
+from bshub.scoring.inversion import InvertedTrigger
+from bshub.scoring.stream import activation_of, affine_of
+
+BATCH = 100
+
+
+def trigger_response(
+    model: nn.Module, pairing: Pairing, images: Tensor, labels: Tensor, triggers: Sequence[InvertedTrigger]
+) -> dict[str, Tensor]:
+    """TAC of every filter under inverted triggers, the largest of several, each in units of its layer's mean.
+
+    Args:
+        model: In evaluation mode.
+        pairing: Its pairs.
+        images: Clean, ``[n, c, h, w]``; those of a trigger's own class are left out.
+        labels: ``[n]``.
+        triggers: At least one.
+
+    Returns:
+        Convolution → ``[out_channels]``.
+    """
+    strongest: dict[str, Tensor] = {}
+    for trigger in triggers:
+        others = images[labels != trigger.target] if bool((labels != trigger.target).any()) else images
+        change = activated_change(model, pairing, others, trigger(others))
+        for name, value in change.items():
+            value = value / value.mean().clamp_min(1e-12)  # a stronger trigger must not drown another
+            strongest[name] = torch.maximum(strongest[name], value) if name in strongest else value
+    return strongest
+
+
+def activated_change(model: nn.Module, pairing: Pairing, images: Tensor, stamped: Tensor) -> dict[str, Tensor]:
+    """TAC of every filter: convolution → ``[out_channels]``.
+
+    Args:
+        model: In evaluation mode.
+        pairing: Its pairs.
+        images: ``[n, c, h, w]``.
+        stamped: The same with the trigger.
+    """
+    total = {pair.name: torch.zeros(pair.out_channels) for pair in pairing.pairs}
+    for start in range(0, len(images), BATCH):
+        with torch.no_grad(), _maps(model, pairing) as maps:
+            model(images[start : start + BATCH])
+            before = dict(maps)
+            maps.clear()
+            model(stamped[start : start + BATCH])
+            for name, map_ in maps.items():
+                total[name] += (map_ - before[name]).flatten(2).norm(dim=2).sum(0)  # (n, out, places) → (out,)
+    return {name: value / len(images) for name, value in total.items()}
+
+
+@contextmanager
+def _maps(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, Tensor]]:
+    """Each pair's map after batch norm and activation, filled by every run."""
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    maps: dict[str, Tensor] = {}
+
+    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
+        affine, act = affine_of(pair, named), activation_of(pair)
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            shape = [1, -1, *[1] * (output.ndim - 2)]
+            maps[pair.name] = act(output * affine.scale.view(shape) + affine.shift.view(shape))
+
+        return keep
+
+    with ExitStack() as stack:
+        for pair in pairing.pairs:
+            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
+            stack.callback(handle.remove)
+        yield maps

@@ -1,0 +1,215 @@
+"""Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
+
+All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
+ones that need least run on with finer steps. A class is found where the next one needs at least ``GAP`` times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bshub.augment import augment
+from bshub.graph.trace import in_mode
+from bshub.scoring.inversion import FAMILIES, InvertedTrigger
+from bshub.scoring.statistics import asking_only
+
+BATCH = 16  # images per step
+RACE, FINAL, SETTLE = 12, 20, 8  # steps: of every class, of the finalists, of what was found
+FINALISTS = 5
+COARSE, FINE, FINEST = 1.25, 1.12, 1.06  # change of the strength per step
+GAP = 1.35
+EXCESS = 3.0  # a found trigger is used at this multiple of its need, but never where the next class would be reached
+MIN_CLASSES = 4  # with fewer there is nothing to stand out from
+SCREENED = 10  # classes that race; of more, those that an untargeted change leads to
+SCREEN = 12
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What the search came to.
+
+    Attributes:
+        triggers: One for each family and class that stands out; empty: none does.
+        needs: Family → class → strength that was needed, of the classes that were in the final.
+        gaps: Family → next class's need over the first's.
+        searched: Whether there were enough classes to compare.
+    """
+
+    triggers: tuple[InvertedTrigger, ...]
+    needs: dict[str, dict[int, float]]
+    gaps: dict[str, float]
+    searched: bool = True
+
+    @property
+    def targets(self) -> list[int]:
+        """The classes found, without repetition."""
+        return list(dict.fromkeys(trigger.target for trigger in self.triggers))
+
+    def reason(self) -> str:
+        """In words."""
+        if not self.searched:
+            return f"with fewer than {MIN_CLASSES} classes none can stand out"
+        if not self.triggers:
+            return f"no class is reached more easily than the others (gaps {self._gaps()}; {GAP} would be found)"
+        parts = [f"{t.family} toward class {t.target} (gap {self.gaps[t.family]:.2f})" for t in self.triggers]
+        return "a small change of any image leads to one class: " + ", ".join(parts)
+
+    def _gaps(self) -> str:
+        return ", ".join(f"{name} {gap:.2f}" for name, gap in self.gaps.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports."""
+        return {
+            "found": [{"family": t.family, "target": t.target, "strength": t.strength} for t in self.triggers],
+            "needs": {name: {str(c): round(v, 5) for c, v in need.items()} for name, need in self.needs.items()},
+            "gaps": {name: round(gap, 3) for name, gap in self.gaps.items()},
+            "reason": self.reason(),
+        }
+
+
+def total_steps(classes: int) -> int:
+    """Upper bound of the steps that :func:`find_shortcut` reports for a network of that many classes."""
+    racing = min(classes, SCREENED)
+    screened = SCREEN if classes > 2 * SCREENED else 0
+    return len(FAMILIES) * (screened + (classes if not screened else racing) * RACE + FINALISTS * FINAL)
+
+
+def find_shortcut(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Shortcut:
+    """Search every family of changes for classes that stand out.
+
+    Args:
+        model: In evaluation mode; not changed.
+        images: Clean images, normalised, ``[n, c, h, w]``.
+        labels: ``[n]``.
+        seed: Of the order and the augmentation.
+        progress: Called with the number of steps done.
+
+    Returns:
+        What was found, settled at the strength it will be used with.
+    """
+    with torch.no_grad():
+        classes = model(images[:1]).shape[-1]
+    if classes < MIN_CLASSES:
+        return Shortcut((), {}, {}, searched=False)
+    feed = _Feed(model, images, labels, seed, progress or (lambda steps: None))
+    triggers: list[InvertedTrigger] = []
+    needs, gaps = {}, {}
+    with in_mode(model, False), asking_only(model, []):
+        for family in FAMILIES:
+            finalists = _race(feed, family, classes)
+            needs[family] = {trigger.target: trigger.strength for trigger in finalists}
+            found, gaps[family] = standing_out([trigger.strength for trigger in finalists])
+            for trigger in finalists[:found]:
+                trigger.set(min(EXCESS * trigger.strength, finalists[found].strength, FAMILIES[family].most))
+                for _ in range(SETTLE):
+                    feed.step(trigger)
+                triggers.append(trigger)
+    return Shortcut(tuple(triggers), needs, gaps)
+
+
+def standing_out(needs: list[float]) -> tuple[int, float]:
+    """How many of the least needs lie apart from the rest, at most half of them, and by which factor.
+
+    Args:
+        needs: Ascending, at least two.
+
+    Returns:
+        The number, 0 if the widest gap is under ``GAP``, and that gap.
+    """
+    ratios = [needs[i + 1] / needs[i] for i in range(max(1, len(needs) // 2))]
+    gap = max(ratios)
+    return (ratios.index(gap) + 1 if gap >= GAP else 0), gap
+
+
+def _race(feed: _Feed, family: str, classes: int) -> list[InvertedTrigger]:
+    """The finalists, by ascending need."""
+    targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
+    racers = [InvertedTrigger(family, target, feed.images) for target in targets]
+    for step in range(RACE):
+        for racer in racers:
+            feed.step(racer)
+            racer.adapt(COARSE if step < RACE * 2 // 3 else FINE)
+    racers.sort(key=lambda racer: racer.need)
+    able = sum(racer.strength < racer.most for racer in racers)
+    finalists = racers[: min(max(2, able + 1), FINALISTS)]
+    for step in range(FINAL if able else 0):  # where none got through, none will stand out
+        for racer in finalists:
+            feed.step(racer)
+            racer.adapt(FINE if step < FINAL // 2 else FINEST)
+    return sorted(finalists, key=lambda racer: racer.need)
+
+
+class _Feed:
+    """Batches of augmented clean images for one trigger after the other, each class's own images left out."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, seed: int, progress: Callable[[int], None]
+    ) -> None:
+        self.model, self.images, self._labels, self._progress = model, images, labels, progress
+        self._generator = torch.Generator().manual_seed(seed)
+        self._indices: dict[int | None, Tensor] = {}
+
+    def batch(self, target: int | None) -> Tensor:
+        """Up to ``BATCH`` images that are not of ``target``; of all classes if there are no others."""
+        if target not in self._indices:
+            others = (self._labels.cpu() != (-1 if target is None else target)).nonzero()[:, 0]
+            self._indices[target] = others if len(others) else torch.arange(len(self._labels))
+        others = self._indices[target]
+        chosen = others[torch.randperm(len(others), generator=self._generator)[:BATCH]]
+        return augment(self.images[chosen.to(self.images.device)], self._generator)
+
+    def step(self, trigger: InvertedTrigger) -> None:
+        """One step of one trigger on a fresh batch."""
+        trigger.sharpen(self.model, self.batch(trigger.target))
+        self._progress(1)
+
+    def done(self, steps: int) -> None:
+        """Steps that were taken elsewhere."""
+        self._progress(steps)
+
+
+def candidates(feed: _Feed, family: str, classes: int) -> list[int]:
+    """The classes that a change away from the right answers leads to, most of all first.
+
+    Of a thousand classes not every one can race. A universal change that only has to make answers wrong takes the
+    shortest way, and where there is a backdoor that leads to its target (the dominant labels of universal
+    perturbations, Moosavi-Dezfooli et al., CVPR 2017). Probabilities are added up over the whole way.
+
+    Args:
+        feed: Model and images.
+        family: Key of ``FAMILIES``.
+        classes: How many there are.
+
+    Returns:
+        ``SCREENED`` classes.
+    """
+    of = FAMILIES[family]
+    change = torch.zeros(of.shape(tuple(feed.images.shape)), device=feed.images.device)
+    seen = torch.zeros(classes, device=feed.images.device)
+    for _ in range(SCREEN):
+        images = feed.batch(None)
+        with torch.no_grad():
+            own = feed.model(images).argmax(1)
+        change.requires_grad_()
+        with torch.enable_grad():
+            logits = feed.model(of.apply(images, change)).float()
+        # the first step starts from the very image, where only the gradient of the runner-up says anything
+        (slope,) = torch.autograd.grad(-F.cross_entropy(logits, own), change)
+        probabilities = logits.detach().softmax(1).scatter(1, own.unsqueeze(1), 0)
+        seen += probabilities.mean(0)
+        change = (change - 0.25 * of.most * slope / (slope.square().mean().sqrt() + 1e-12)).detach()
+        change = change * (of.most / change.square().mean().sqrt()).clamp(max=1)
+        feed.done(1)
+    return seen.topk(min(SCREENED, classes)).indices.tolist()
