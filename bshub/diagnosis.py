@@ -31,7 +31,7 @@ RESPONSE_IMAGES = 256  # that the answer to an inverted trigger is averaged over
 FOREIGN = 0.5  # clean accuracy below which the images probably are not the model's
 WEIGHTS_ONLY_SCORE = "lipschitz"
 WEIGHTS_ONLY_MU = 3.0  # CLP's own value
-FAILS = 0.2  # success of an inverted trigger on the clean images, up to which it does not work any more
+FAILS = 0.1  # success of an inverted trigger on the clean images, up to which it does not work any more
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bshub.graph.trace import record
 from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
 from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
-from bshub.repair.resistance import held_against
+from bshub.repair.unlearning import held_against, stop_early
 from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
 from bshub.surgery.remove import Removal, remove
@@ -128,9 +128,10 @@ def sanitize(
                 workers=workers,
                 progress=advance,
             )
+        share = stop_early(small, before_repair, triggers, clean)
         after = clean_accuracy(small, clean.batches(settings.batch_size))
         left = held_against(small, triggers, clean)
-        unlearning = {"before": held, "after": left} if triggers else None
+        unlearning = {"before": held, "after": left, "share": share} if triggers else None
         # what is left of the trigger is worth as much as what is left of the accuracy
         if not _finite(small) or after.value < pruned.value - max(WORSE, held - left):
             small.load_state_dict(before_repair)

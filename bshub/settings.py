@@ -33,11 +33,12 @@ class Settings:
         method: ``bshub``; ``paper``, the reconstruction of arXiv 2311.07417, which fixes score and repair; or a key of
             ``DEFENSES``, a published baseline.
         score: Key of ``SCORES``; which filters look suspicious.
-        mu: Threshold ``mean + mu · std`` per layer, or ``auto``: the lowest one within ``budget``.
+        mu: Threshold ``mean + mu · std`` per layer, or ``auto``: the lowest one within ``budget``, or the highest at
+            which an inverted trigger fails; nothing where none was found.
         budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``, ``shrink``).
         repair: Key of ``REPAIRS``.
         finetune_epochs: Passes over the clean images after the surgery.
-        finetune_lr: Peak learning rate of these passes.
+        finetune_lr: Peak learning rate of these passes; four times as much where an inverted trigger is unlearned.
         batch_size: Images per batch.
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.

@@ -39,7 +39,11 @@ TriggerFile = Annotated[
     Path | None, typer.Option("--trigger", help="Trigger file; used only to measure the attack success rate.")
 ]
 ScoreName = Annotated[
-    str, typer.Option("--score", help="How filters are judged: tac (by an inverted trigger), lipschitz, bss, clp, lone, dormant, bn-shift.")
+    str,
+    typer.Option(
+        "--score",
+        help="How filters are judged: tac, lipschitz, bss, clp, lone, dormant, bn-shift.",
+    ),
 ]
 Mu = Annotated[str, typer.Option(help="Threshold in standard deviations above a layer's mean, or auto.")]
 Budget = Annotated[

@@ -32,6 +32,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARM_UP = 0.1
 FEWEST_STEPS = 40  # where a trigger is unlearned; ten images give one step a pass
+UNLEARNING_RATE = 4.0  # times the learning rate, where a trigger is unlearned
 MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
 
@@ -157,14 +158,13 @@ def repair(
     flags = {parameter: parameter.requires_grad for parameter in parameters.values()}
     for parameter in flags:
         parameter.requires_grad_(True)
+    peak = schedule.lr * (UNLEARNING_RATE if triggers else 1)
     optimizer = torch.optim.SGD(
-        parameters.values(), lr=schedule.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+        parameters.values(), lr=peak, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
     steps = max(epochs * each, 4)
     # the warm-up needs two steps of its own, which a tenth of a short repair is not
-    cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.lr, total_steps=steps, pct_start=max(WARM_UP, 2 / steps)
-    )
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=max(WARM_UP, 2 / steps))
     total = 0.0
     with in_mode(model, False), in_mode(teacher, False):
         for epoch in range(epochs):

@@ -1,0 +1,71 @@
+"""How much of a trigger is left in a network, and how far a repair has to go until too little is.
+
+Unlearning costs accuracy that a handful of clean images cannot show, since the repair has seen them. So of the way
+from the pruned weights to the repaired ones only as much is gone as the trigger asks for (weights between two fine
+tunings of one network work: Wortsman et al., *Robust fine-tuning of zero-shot models*, CVPR 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from bshub.clean import CleanImages
+from bshub.graph.trace import in_mode
+from bshub.scoring.inversion import InvertedTrigger
+from bshub.scoring.statistics import asking_only
+
+LITTLE = 0.15  # success of a trigger, sharpened against the network, that is no more than other classes would have
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the way
+TRIES = 8  # steps that each trigger gets against the network
+BATCH = 32
+
+
+def held_against(model: nn.Module, triggers: Sequence[InvertedTrigger], clean: CleanImages) -> float:
+    """Success of the triggers on the clean images of other classes, after each was sharpened against the network.
+
+    Args:
+        model: In evaluation mode; not changed.
+        triggers: They stay as they are.
+        clean: The clean images.
+
+    Returns:
+        The largest share of them all, 0 to 1; 0 without triggers.
+    """
+    worst = 0.0
+    for trigger in triggers:
+        others = clean.images[clean.labels != trigger.target]
+        trying = trigger.copy()
+        with in_mode(model, False), asking_only(model, []):
+            for part in (others.split(BATCH) * TRIES)[:TRIES] if len(others) else ():
+                trying.sharpen(model, part)
+        worst = max(worst, trying.success(model, clean.images, clean.labels))
+    return worst
+
+
+def stop_early(
+    model: nn.Module, before: Mapping[str, Tensor], triggers: Sequence[InvertedTrigger], clean: CleanImages
+) -> float:
+    """Go back toward the weights before the repair, as far as the triggers still have ``LITTLE`` success.
+
+    Args:
+        model: The repaired network; its weights are changed.
+        before: Its ``state_dict`` before the repair.
+        triggers: Inverted triggers.
+        clean: The clean images.
+
+    Returns:
+        The share of the way that was kept, 0 to 1.
+    """
+    after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for share in SHARES if triggers else ():
+        between = {
+            name: before[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
+            for name, tensor in after.items()
+        }
+        model.load_state_dict(between)
+        if held_against(model, triggers, clean) <= LITTLE:
+            return share
+    model.load_state_dict(after)
+    return 1.0
