@@ -145,9 +145,9 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "additive": Family(additive, lambda image: image[1:], 0.07, 0.28, dense_step, dense_fit),
-    "patch": Family(additive, lambda image: image[1:], 0.06, 0.12, sparse_step, sparse_fit),
-    "warp": Family(warp, lambda image: (2, GRID, GRID), 0.01, 0.03, dense_step, dense_fit),
+    "additive": Family(additive, lambda image: image[1:], 0.2, 0.28, dense_step, dense_fit),
+    "patch": Family(additive, lambda image: image[1:], 0.1, 0.12, sparse_step, sparse_fit),
+    "warp": Family(warp, lambda image: (2, GRID, GRID), 0.02, 0.03, dense_step, dense_fit),
 }
 
 
@@ -181,16 +181,16 @@ class InvertedTrigger:
         twin.__dict__.update(self.__dict__, change=self.change.clone())
         return twin
 
-    def sharpen(self, model: nn.Module, images: Tensor, lowest: bool = False) -> None:
+    def sharpen(self, model: nn.Module, images: Tensor, half: bool = False) -> None:
         """One step toward the target, at the present strength.
 
         Args:
             model: In evaluation mode; its parameters get no gradient.
             images: ``[n, c, h, w]``, n > 0, best none of the target class.
-            lowest: Whether bfloat16 will do for the gradient.
+            half: Whether to compute in bfloat16.
         """
         change = self.change.clone().requires_grad_()
-        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=lowest):
+        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits = model(self._of.apply(images, change)).float()
         wanted = torch.full((len(images),), self.target, device=images.device)
         loss = F.cross_entropy(logits, wanted)
