@@ -108,14 +108,15 @@ def sanitize(
     triggers = diagnosis.shortcut.triggers if diagnosis.shortcut and not defense else ()
     pruned_off = removal.plan.flagged or removal.plan.spare
     repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
-    unlearning = None
+    unlearning, passes = None, 0
     if repaired:
         schedule = Schedule(
             settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
         )
         before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         held = held_against(small, triggers, clean)
-        with steps.step("repair", epochs_of(schedule, len(clean.images), bool(triggers))) as advance:
+        passes = epochs_of(schedule, len(clean.images), bool(triggers))
+        with steps.step("repair", passes) as advance:
             repair(
                 small,
                 original,
@@ -155,6 +156,7 @@ def sanitize(
         "refused": removal.refused,
         "proof": removal.proof.as_dict(),
         "repaired": repaired,
+        "repair_passes": passes,
         "trigger_success": unlearning,
         "clean_images": {
             "n": clean.count,

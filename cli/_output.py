@@ -109,6 +109,23 @@ def say_shrink(report: dict[str, Any], filters: int, gone: str) -> None:
         )
 
 
+def say_search(diagnosis: dict[str, Any]) -> None:
+    """What the search for a trigger came to; nothing where there was none, or where the threshold says it."""
+    inversion = diagnosis["inversion"]
+    if inversion and inversion["reason"] != diagnosis["threshold"]["reason"]:
+        say(f"search: {inversion['reason']}")
+
+
+def threshold_text(diagnosis: dict[str, Any]) -> str:
+    """``2.25 deviations (tac; the highest μ at …)``, or why there is none."""
+    from bshub.scoring.selection import MU_NOTHING
+
+    threshold = diagnosis["threshold"]
+    if threshold["mu"] >= MU_NOTHING:
+        return f"nothing is flagged; {threshold['reason']}"
+    return f"{threshold['mu']:g} deviations ({diagnosis['score']}; {threshold['reason']})"
+
+
 def say_images(report: dict[str, Any]) -> None:
     """Which rule gave the labels, what the image policy changed or left out, and where settings came from."""
     images, labels = report.get("images") or {}, report["model"]["labels"]

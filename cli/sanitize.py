@@ -18,9 +18,11 @@ from bshub_cli._output import (
     print_warnings,
     say,
     say_images,
+    say_search,
     say_shrink,
     seconds_text,
     size_text,
+    threshold_text,
 )
 
 
@@ -133,11 +135,15 @@ def show_plan(report: dict[str, Any]) -> None:
     diagnosis = report["diagnosis"]
     print_warnings(diagnosis["warnings"])
     threshold, counts = diagnosis["threshold"], diagnosis["counts"]
-    say(
-        f"{counts['flagged']} of {diagnosis['filters']} filters in {diagnosis['pairs']} conv-BN pairs lie more than "
-        f"{threshold['mu']:g} deviations above their layer ({diagnosis['score']}; {threshold['reason']})."
-    )
-    if counts["flagged"]:
+    say_search(diagnosis)
+    of = f"of {diagnosis['filters']} filters in {diagnosis['pairs']} conv-BN pairs"
+    if not counts["flagged"]:
+        say(f"0 {of}: {threshold_text(diagnosis)}.")
+    else:
+        say(
+            f"{counts['flagged']} {of} lie more than {threshold['mu']:g} deviations above their layer "
+            f"({diagnosis['score']}; {threshold['reason']})."
+        )
         say(
             f"{counts['removed']} would leave physically, {counts['silenced']} would be silenced in place, "
             f"{counts['followers']} would follow."
@@ -157,7 +163,6 @@ def _show(report: dict[str, Any]) -> None:
 
     print_warnings(report["warnings"])
     diagnosis, counts = report["diagnosis"], report["counts"]
-    threshold = diagnosis["threshold"]
     rows: list[list[str]] = [
         ["filters scored", big(diagnosis["filters"]), ""],
         ["  flagged", "", big(counts["flagged"])],
@@ -180,7 +185,14 @@ def _show(report: dict[str, Any]) -> None:
         clean = report["clean_images"]
         rows.append(["clean images %", rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])])
     print_table(f"{report['model']['reference']}", ["", "before", "after"], rows)
-    say(f"threshold: {threshold['mu']:g} deviations ({diagnosis['score']}; {threshold['reason']})")
+    say_search(diagnosis)
+    say(f"threshold: {threshold_text(diagnosis)}")
+    if report["trigger_success"]:
+        left = report["trigger_success"]
+        say(
+            f"unlearned: sharpened against the network, the inverted triggers lead {100 * left['before']:.0f} % of the "
+            f"clean images to their class before the repair, {100 * left['after']:.0f} % after it"
+        )
     say_shrink(report, diagnosis["filters"], "were removed")
     typer.echo(
         f"proof: the small network equals the masked one to {report['proof']['error']:.1e} "

@@ -22,6 +22,7 @@ __all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card"
 
 LAYERS_SHOWN = 8
 SCORE_WORDS = {
+    "tac": "how much its map changes under an inverted trigger, a small change of the image that leads to one class",
     "lipschitz": "how strongly the filter and its batch norm can amplify what they see",
     "clp": "how strongly the filter and its batch norm can amplify what they see",
     "bss": "how strongly it can amplify, how little it moves with the others, and how quiet it is on clean images",
@@ -101,6 +102,9 @@ def model_card(
         shrink=report.get("shrink"),
         shrink_reason=escape((report.get("shrink") or {}).get("reason", "")),
         threshold_reason=escape(threshold["reason"]),
+        inversion=escape((report["diagnosis"].get("inversion") or {}).get("reason", "")),
+        unlearned=report.get("trigger_success"),
+        passes=report.get("repair_passes", report["settings"]["finetune_epochs"]),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),
         more_filters=sum(len(filters) for _, filters in flagged[LAYERS_SHOWN:]),
