@@ -15,7 +15,9 @@ from bshub.intake.images import read_image
 from bshub.intake.preprocessing import Preprocessing
 
 
-def draw(folder: ClassFolder, per_class: int, seed: int, avoid: Collection[str]) -> list[tuple[Path, int]]:
+def draw(
+    folder: ClassFolder, per_class: int, seed: int, avoid: Collection[str], reserve: Collection[tuple[Path, int]] = ()
+) -> list[tuple[Path, int]]:
     """``per_class`` images of every class.
 
     The draw of one seed is nested: the first image of ten is the image of one, so that more images are more
@@ -26,6 +28,8 @@ def draw(folder: ClassFolder, per_class: int, seed: int, avoid: Collection[str])
         per_class: How many.
         seed: Of the draw.
         avoid: ``class/file`` of images that carry a trigger or another label in the training.
+        reserve: Images that nothing is measured on, for classes that an attack poisoned to the last image, as those
+            that keep the labels do to their target at 10 %.
 
     Returns:
         Paths with labels, class by class.
@@ -36,11 +40,18 @@ def draw(folder: ClassFolder, per_class: int, seed: int, avoid: Collection[str])
     by_class: dict[int, list[Path]] = {}
     for path, label in zip(folder.paths, folder.labels, strict=True):
         by_class.setdefault(label, []).append(path)
+    spare: dict[int, list[Path]] = {}
+    for path, label in sorted(reserve):
+        spare.setdefault(label, []).append(path)
     chosen = []
     for label, paths in sorted(by_class.items()):
         order = sorted(paths)
         random.Random(f"{seed}/{label}").shuffle(order)
-        clean = [path for path in order if path.relative_to(folder.root).as_posix() not in avoid][:per_class]
+        clean = [path for path in order if path.relative_to(folder.root).as_posix() not in avoid]
+        if len(clean) < per_class:
+            random.Random(f"{seed}/{label}").shuffle(spare.setdefault(label, []))
+            clean += spare[label]
+        clean = clean[:per_class]
         if len(clean) < per_class:
             raise UsageError(
                 f"class {label} of {folder.root} has {len(clean)} clean images, {per_class} are asked for",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.benchmark.draws import batches, draw
-from bshub.benchmark.grid import Victim, load_tests
+from bshub.benchmark.grid import Victim, load_tests, unseen
 from bshub.evaluation.defenses.training import logits_of
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import ConvBN, Pairing, find_pairs
@@ -62,7 +62,7 @@ def judge_statistics(
     flow, _ = follow_channels(model, victim.source.preprocessing.input_size)
     pairing = find_pairs(model, flow)
     avoid = set(victim.record.get("poisoned", {}).get("files", []))
-    clean = batches(draw(train, per_class, seed, avoid), victim.source.preprocessing, 32)
+    clean = batches(draw(train, per_class, seed, avoid, unseen(test, chosen)), victim.source.preprocessing, 32)
     images, _, stamped = load_tests(test, chosen, victim)
     assert stamped is not None
     change = activated_change(model, pairing, images, stamped)

@@ -1,7 +1,8 @@
 """Models × methods × samples per class × seeds → one row each.
 
-Every method gets the same clean images, drawn from the training split among those that were not poisoned; ACC, ASR,
-RA are counted on the test split, which nothing else looks at. No method sees the trigger.
+Every method gets the same clean images, drawn from the training split among those that were not poisoned (of a class
+that was poisoned to the last image, from test images that are not counted); ACC, ASR, RA are counted on the test split,
+which nothing else looks at. No method sees the trigger.
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ def run_grid(grid: Grid, rows: Rows, steps: Steps) -> None:
         with steps.step(victim.name, len(cells)) as advance:
             images = load_tests(test, chosen, victim)
             (before,) = _evaluate([victim.source.module], images, victim, grid.device)
+            reserve = unseen(test, chosen)
             for cell in cells:
-                rows.add(cell, measure_cell(cell, victim, train, images, before, grid.device))
+                rows.add(cell, measure_cell(cell, victim, train, reserve, images, before, grid.device))
                 advance(1)
                 gc.collect()
 
@@ -143,6 +145,12 @@ def chosen_tests(folder: ClassFolder, count: int | None) -> list[int]:
     """Indices of the test images, the same for every model and method."""
     everything = list(range(len(folder)))
     return everything if count is None or count >= len(folder) else sorted(random.Random(0).sample(everything, count))
+
+
+def unseen(folder: ClassFolder, chosen: list[int]) -> list[tuple[Path, int]]:
+    """The test images that nothing is measured on, with their labels."""
+    measured = set(chosen)
+    return [(folder.paths[i], folder.labels[i]) for i in range(len(folder)) if i not in measured]
 
 
 def load_tests(folder: ClassFolder, chosen: list[int], victim: Victim) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -183,6 +191,7 @@ def measure_cell(
     cell: Cell,
     victim: Victim,
     train: ClassFolder,
+    reserve: list[tuple[Path, int]],
     tests: tuple[Tensor, Tensor, Tensor | None],
     before: Evaluation,
     device: str,
@@ -190,7 +199,7 @@ def measure_cell(
     """One row: rates before and after, cost, and what the method said; a method that fails says why."""
     method = parse_method(cell.method)
     avoid = set(victim.record.get("poisoned", {}).get("files", []))
-    chosen = draw(train, cell.per_class or UNSEEN, cell.seed, avoid)
+    chosen = draw(train, cell.per_class or UNSEEN, cell.seed, avoid, reserve)
     clean = batches(chosen, victim.source.preprocessing, 128)
     row: dict[str, Any] = {
         "bshub": __version__,
