@@ -57,11 +57,12 @@ def few_test_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory, few_test_images: Path) -> Artifact:
-    """The demo, one epoch, without ONNX and report page, with the trigger to measure."""
+    """The demo, judged by its weights, one epoch, without ONNX and report page, with the trigger to measure."""
     folder = tmp_path_factory.mktemp("artifact") / "out"
     result = bshub_command(
         "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--test-dir", few_test_images,
-        "--trigger", DEMO / "trigger.json", "--finetune-epochs", 1, "--no-onnx", "--no-report", "--json", "-o", folder,
+        "--trigger", DEMO / "trigger.json", "--score", "lipschitz", "--finetune-epochs", 1,
+        "--no-onnx", "--no-report", "--json", "-o", folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return Artifact(folder, result, json.loads(result.stdout), few_test_images)

@@ -193,7 +193,7 @@ def test_foreign_images_are_warned_about(trained: nn.Module) -> None:
     images, labels = coloured_images(24)
     diagnosis = scan(trained, [(images, (labels + 1) % 3)], Settings(mu=3.0))
     assert any("clean images" in warning for warning in diagnosis.warnings)
-    assert not scan(trained, [(images, labels)], Settings(mu=3.0)).warnings
+    assert not scan(trained, [(images, labels)], Settings(score="lipschitz", mu=3.0)).warnings
 
 
 def test_an_unknown_score_and_a_foreign_device_are_refused(trained: nn.Module) -> None:

@@ -6,7 +6,7 @@ This looks at the trigger on test images: it explains methods, it is no part of 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import ConvBN, Pairing, find_pairs
 from bshub.graph.trace import in_mode
 from bshub.intake.folders import ClassFolder
-from bshub.scoring.response import activated_change
+from bshub.scoring.response import activated_change, trigger_response
+from bshub.scoring.shortcut import find_shortcut
 from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import SCORES
 
@@ -66,13 +67,27 @@ def judge_statistics(
     images, _, stamped = load_tests(test, chosen, victim)
     assert stamped is not None
     change = activated_change(model, pairing, images, stamped)
-    statistics = measure(model, pairing, clean)
+    statistics = _with_response(model, pairing, clean, measure(model, pairing, clean), seed)
     unlearned = unlearning_change(model, pairing, clean, seed)
     return [_layer(pair, statistics[pair.name], unlearned[pair.name], change[pair.name]) for pair in pairing.pairs]
 
 
+def _with_response(
+    model: nn.Module,
+    pairing: Pairing,
+    clean: list[tuple[Tensor, Tensor]],
+    statistics: dict[str, PairStatistics],
+    seed: int,
+) -> dict[str, PairStatistics]:
+    """The statistics with the answer to the inverted triggers, found on the same images; zero where none is found."""
+    images, labels = (torch.cat(parts) for parts in zip(*clean, strict=True))
+    triggers = find_shortcut(model, images, labels, seed).triggers
+    response = trigger_response(model, pairing, images, labels, triggers) if triggers else {}
+    return {name: replace(s, tac=response.get(name, torch.zeros_like(s.spectral))) for name, s in statistics.items()}
+
+
 def _layer(pair: ConvBN, statistics: PairStatistics, unlearned: Tensor, change: Tensor) -> LayerEvidence:
-    values = {name: score.function(statistics) for name, score in SCORES.items() if not score.needs_trigger}
+    values = {name: score.function(statistics) for name, score in SCORES.items()}
     for name in ("activation", "correlation", "saliency"):
         values[f"low {name}"] = -getattr(statistics, name)
     values["unlearning"] = unlearned

@@ -31,6 +31,7 @@ RATES = ("10", "1")
 ATTACKS = ("badnets", "blended", "wanet", "sig", "input-aware", "label-consistent")
 ATTACKED = tuple(f"{attack}-{rate}" for rate in RATES for attack in ATTACKS)
 LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
+LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
 MU = tuple(round(0.5 * step, 1) for step in range(1, 13))
 
 
@@ -56,6 +57,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "4": Experiment(ATTACKED, "bshub paper", (1, 5, 10, 25, 50)),
     "5": Experiment(("vgg-badnets-10", "densenet-badnets-10", "resnet34-badnets-10", "mobilenet-badnets-10", "clean"),
                     "bshub paper clp", (10,)),
+    "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1)),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from default_page import CHOSEN_ON, default_tables
+
 from bshub.benchmark.page import drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
 from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines
@@ -21,6 +23,7 @@ TITLES = {
     "4": "4. How many clean images, across attacks",
     "5": "5. Other architectures, and an innocent model",
     "6": "6. Which statistic finds the backdoor",
+    "7": "7. The default, and what each of its parts does",
 }
 
 
@@ -28,13 +31,16 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     """The whole page; pictures go into the folder of the rows."""
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
-        "1": _detail, "2": _mu, "3": _methods, "4": _counts, "5": _detail,
+        "1": _detail, "2": _mu, "3": _methods, "4": _counts, "5": _detail, "7": default_tables,
     }  # fmt: skip
     folder = out.with_suffix("")
     pictures = dict(draw_plots(rows, folder)) if rows else {}
     parts = [*_head(rows, found), *_models(found)]
-    for key, write in by_number.items():
-        wanted = experiments[key]
+    for key in TITLES:
+        if key == "6":
+            parts += ["", f"## {TITLES['6']}", "", *(_evidence(evidence) if evidence else ["Not measured yet."])]
+            continue
+        write, wanted = by_number[key], experiments[key]
         methods = wanted.methods.split()
         mine = [g for g in found if g.model in wanted.models and g.method in methods]
         mine = [g for g in mine if g.per_class in (0, *wanted.per_class)]
@@ -47,7 +53,6 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
         picture = {"2": "mu.png", "3": "trade.png", "4": "samples.png"}.get(key)
         if mine and picture in pictures:
             parts += ["", f"![{pictures[picture]}]({folder.name}/{picture})"]
-    parts += ["", f"## {TITLES['6']}", "", *(_evidence(evidence) if evidence else ["Not measured yet."])]
     starters = out.with_name("starter-results.md")
     if starters.exists():
         link = os.path.relpath(starters, out.parent)
@@ -73,9 +78,9 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "ACC: clean test accuracy. ASR: test images of other classes that the trigger turns into the target. RA: "
         "those that keep their own label. DER: (fall of ASR − fall of ACC + 1) / 2. Percent, with 95 % Wilson "
         "intervals. Clean images come from the training split, never a poisoned one, the same for every method; no "
-        "method sees the trigger, and nothing was chosen on test images: the defaults were chosen before, on other "
-        "models (the demo's and the two starters'). ×bare: seconds over those of one forward and backward over the "
-        "same images."
+        "method sees the trigger, and nothing was chosen on the test images that are counted: the defaults were "
+        f"chosen on {_listed(CHOSEN_ON)} and the demo's model, with a thousand other test images; no other model had a "
+        "say. ×bare: seconds over those of one forward and backward over the same images."
     )
     return ["# Results", "", *textwrap.wrap(intro, 116), "", *textwrap.wrap(terms, 116), ""]
 

@@ -1,0 +1,92 @@
+"""Experiment 7: the default against the bars that were set for it, on models that had a say in it and on the others."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from bshub.benchmark.page import number
+from bshub.benchmark.summary import Group, Line, lines, rate
+
+CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
+TOOK = 90.0  # ASR before, in percent, from which an attack is one
+ADAPTIVE = "adaptive-10"
+BARS = {10: ("3", "10", "2.0", "0.5"), 1: ("8", "25", "4.0", "1.0")}  # mean ASR, worst ASR, ACC lost, clean model
+WORDS = {
+    "bshub": "the default",
+    "bshub:score=lipschitz": "no inverted trigger: filters scored by their weights, repair by distillation alone",
+    "bshub:mu=1000000.0": "no filter pruned: the trigger is only unlearned",
+    "bshub:finetune_epochs=0": "no repair: only pruned",
+    "bshub:repair=finetune": "labels instead of the unpruned network's answers",
+}
+
+
+def default_tables(found: list[Group], wanted: Any) -> list[str]:
+    """The table of the bars, then the default with one part left out at a time.
+
+    Args:
+        found: Groups of the experiment.
+        wanted: The experiment.
+
+    Returns:
+        Lines of Markdown.
+    """
+    text = (
+        "*bar*: what was asked for, as a mean over the twelve attacked models. *chosen on*: the models that the "
+        f"default's knobs were turned on ({', '.join(CHOSEN_ON)}); *others*: all that had no say. *took*: those of the "
+        f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not."
+    )
+    head = "images per class", "models", "n", "mean ASR before", "mean ASR", "worst ASR", "ACC lost", "clean model"
+    table = [*textwrap.wrap(text, 116), "", f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
+    for count in wanted.per_class:
+        mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
+        bar = BARS[count]
+        table.append(f"| {count} | **bar** | 12 | – | ≤ {bar[0]} | ≤ {bar[1]} | ≤ {bar[2]} | ≤ {bar[3]} | – | – |")
+        for name, models in _sets(mine).items():
+            table += _row(str(count), name, mine, models)
+    table += ["", "### One part left out at a time", ""]
+    methods = {g.method for g in found if g.rows and g.per_class == wanted.per_class[0]}
+    shared = _shared(found, methods, wanted.per_class[0])
+    attacked = sorted(shared - {"clean"})
+    table += [
+        f"{wanted.per_class[0]} images per class; means over {len(attacked)} models ({', '.join(attacked)}).",
+        "",
+        "| method | what it is | mean ASR | worst ASR | ACC lost | clean model | DER | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines([g for g in found if g.per_class == wanted.per_class[0]], wanted.per_class[0], shared):
+        table.append(f"| `{line.method}` | {WORDS.get(line.method, '')} | {_figures(line)} |")
+    return table
+
+
+def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
+    """Name → models; the innocent one belongs to each."""
+    attacked = {g.model for g in mine if g.model not in ("clean", ADAPTIVE)}
+    took = {g.model for g in mine if (g.mean(rate("before", "asr")) or 0) >= TOOK}
+    others = attacked - set(CHOSEN_ON)
+    sets = {
+        "all attacked": attacked,
+        "chosen on": attacked & set(CHOSEN_ON),
+        "others": others,
+        "others that took": others & took,
+        "adaptive": {g.model for g in mine} & {ADAPTIVE},
+    }
+    return {name: models for name, models in sets.items() if models}
+
+
+def _row(count: str, name: str, mine: Sequence[Group], models: set[str]) -> list[str]:
+    chosen = [g for g in mine if g.model in models]
+    before = sum(g.mean(rate("before", "asr")) or 0 for g in chosen) / len(chosen)
+    (line,) = lines([g for g in mine if g.model in models | {"clean"}], int(count))
+    return [f"| {count} | {name} | {line.models} | {number(before)} | {_figures(line)} |"]
+
+
+def _figures(line: Line) -> str:
+    cells = [number(value) for value in (line.asr, line.worst, line.drop, line.control)]
+    return " | ".join([*cells, number(line.der, 3), number(line.seconds)])
+
+
+def _shared(found: Sequence[Group], methods: set[str], count: int) -> set[str]:
+    have = [{g.model for g in found if g.method == m and g.rows and g.per_class == count} for m in methods]
+    return set.intersection(*have) if have else set()
