@@ -208,6 +208,9 @@ def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
         schedule: As told.
         images: How many there are.
         unlearns: Whether there are triggers.
+
+    Returns:
+        The number of passes.
     """
     each = -(-images // schedule.batch_size)
     return max(schedule.epochs, -(-FEWEST_STEPS // each)) if unlearns and schedule.epochs else schedule.epochs

@@ -25,6 +25,8 @@ STEP = 0.25  # of the strength, root mean square
 GRID = 8  # nodes of a warp along each side
 PLACES = 0.01  # share of the places that one step of a patch changes
 HIGHEST = 3.0  # change of one place in a patch, in deviations of the clean images: about black to white
+COARSE, FINE = 1.25, 1.06  # largest and smallest change of the strength per step
+DECAY, GROWTH = 0.6, 1.5  # powers of the factor, when the direction changes and while it holds
 TINY = 1e-12
 
 Shape = tuple[int, ...]
@@ -169,6 +171,7 @@ class InvertedTrigger:
         self.family, self.target = family, target
         self._of = FAMILIES[family]
         self.strength, self.reached, self.confidence = self._of.start, 0.0, 0.0
+        self._factor, self._down, self._streak = COARSE, False, 0
         self.change = torch.zeros(self._of.shape(tuple(images.shape)), device=images.device)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -200,10 +203,18 @@ class InvertedTrigger:
         if bool(slope.isfinite().all()):
             self.change = self._of.fit(self.change - self._of.step(slope, STEP * self.strength), self.strength)
 
-    def adapt(self, factor: float) -> None:
-        """Weaker by ``factor`` where the last step saw ``GOAL`` reached, stronger otherwise."""
-        wanted = self.strength / factor if self.reached >= GOAL else self.strength * factor
-        self.set(min(wanted, self._of.most))
+    def adapt(self) -> None:
+        """Weaker where the last step saw ``GOAL`` reached, stronger otherwise.
+
+        By a factor that falls with each change of direction and grows back while the direction holds: far from its
+        need a trigger walks quickly, and around it the steps are fine.
+        """
+        down = self.reached >= GOAL
+        self._streak = self._streak + 1 if down == self._down else 0
+        power = DECAY if not self._streak else GROWTH if self._streak > 1 else 1.0
+        self._factor = min(COARSE, max(FINE, self._factor**power))
+        self._down = down
+        self.set(min(self.strength / self._factor if down else self.strength * self._factor, self._of.most))
 
     def set(self, strength: float) -> None:
         """Go on at another strength, the change keeping its form."""

@@ -1,8 +1,7 @@
 """Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
 
-All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. Half
-of them leave on the way, and the ones that need least run on with finer steps. The race is run in bfloat16 where the
-processor has it: it only orders the classes. A class is found where the next one needs at least ``GAP`` times as much.
+All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
+ones that need least run on. The race is run in bfloat16 where the processor has it: it only orders the classes. A class is found where the next one needs at least ``GAP`` times as much.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from bshub.scoring.statistics import asking_only
 
 BATCH = 16  # images per step
 RACE, FINAL, SETTLE = 12, 20, 8  # steps: of every class, of the finalists, of what was found
-HALVED = 7  # step of the race at which the slower half leaves
 FINALISTS = 5
-COARSE, FINE, FINEST = 1.25, 1.12, 1.06  # change of the strength per step
 GAP = 1.35
 EXCESS = 3.0  # a found trigger is used at this multiple of its need, but never where the next class would be reached
 MIN_CLASSES = 4  # with fewer there is nothing to stand out from
@@ -140,19 +137,17 @@ def _race(feed: _Feed, family: str, classes: int) -> list[InvertedTrigger]:
     """The finalists, by ascending need."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
     racers = [InvertedTrigger(family, target, feed.images) for target in targets]
-    for step in range(RACE):
-        if step == HALVED:
-            racers = sorted(racers, key=lambda racer: racer.need)[: max(FINALISTS, len(racers) // 2)]
+    for _ in range(RACE):
         for racer in racers:
             feed.step(racer, feed.half)
-            racer.adapt(COARSE if step < RACE * 2 // 3 else FINE)
+            racer.adapt()
     racers.sort(key=lambda racer: racer.need)
     able = sum(racer.strength < racer.most for racer in racers)
     finalists = racers[: min(max(2, able + 1), FINALISTS)]
-    for step in range(FINAL if able else 0):  # where none got through, none will stand out
+    for _ in range(FINAL if able else 0):  # where none got through, none will stand out
         for racer in finalists:
             feed.step(racer)
-            racer.adapt(FINE if step < FINAL // 2 else FINEST)
+            racer.adapt()
     return sorted(finalists, key=lambda racer: racer.need)
 
 

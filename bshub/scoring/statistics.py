@@ -174,6 +174,9 @@ def asking_only(model: nn.Module, weights: list[Any]) -> Iterator[None]:
     Args:
         model: The network.
         weights: Those of its parameters that get a gradient.
+
+    Yields:
+        Nothing.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:

@@ -109,7 +109,7 @@ def bn_shift(statistics: PairStatistics) -> Tensor:
 
 
 def tac(statistics: PairStatistics) -> Tensor:
-    """Trigger-activated change under the inverted trigger: how much a filter's map answers to the shortcut.
+    """Trigger-activated change of arXiv 2208.03111 under the inverted trigger: ``mean ‖a(x + trigger) - a(x)‖₂``.
 
     Args:
         statistics: Of one layer, ``[out_channels]`` each.
