@@ -136,7 +136,7 @@ def test_the_plan_is_the_same_without_trigger_and_test_images_and_a_dry_run_writ
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = bshub_command("sanitize", MODEL, "--clean-dir", CLEAN, "--dry-run", "--json")
+    result = bshub_command("sanitize", MODEL, "--clean-dir", CLEAN, "--score", "lipschitz", "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
     dry, real = strictly(result.stdout)["diagnosis"], artifact.report["diagnosis"]
     assert {k: dry[k] for k in ("flagged", "threshold", "score")} == {

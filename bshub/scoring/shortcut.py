@@ -1,7 +1,8 @@
 """Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
 
 All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
-ones that need least run on. The race is run in bfloat16 where the processor has it: it only orders the classes. A class is found where the next one needs at least ``GAP`` times as much.
+ones that need least run on. The race is run in bfloat16 where the processor has it: it only orders the classes. A
+class is found where the next one needs at least ``GAP`` times as much.
 """
 
 from __future__ import annotations
