@@ -74,7 +74,8 @@ def complete(tmp_path_factory: pytest.TempPathFactory, few_test_images: Path) ->
     folder = tmp_path_factory.mktemp("complete") / "out"
     result = bshub_command(
         "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--test-dir", few_test_images,
-        "--trigger", DEMO / "trigger.json", "--mu", 2.25, "--finetune-epochs", 1, "--dense", "--json", "-o", folder,
+        "--trigger", DEMO / "trigger.json",
+        "--score", "lipschitz", "--mu", 2.25, "--finetune-epochs", 1, "--dense", "--json", "-o", folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return Artifact(folder, result, json.loads(result.stdout), few_test_images)

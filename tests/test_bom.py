@@ -98,7 +98,8 @@ def test_without_test_images_the_card_says_that_no_trigger_was_known(source: Loa
 def test_the_receipt_binds_it_and_a_policy_can_ask_for_it(artifact: Artifact, tmp_path: Path) -> None:
     place = tmp_path / "artifact"
     made = bshub_command(
-        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--finetune-epochs", 0, "--no-onnx", "--no-report",
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean",
+        "--score", "lipschitz", "--finetune-epochs", 0, "--no-onnx", "--no-report",
         "-o", place,
     )  # fmt: skip
     assert made.exit_code == 0, made.output

@@ -231,7 +231,8 @@ def test_the_loader_of_a_cifar_stem_builds_the_same_network(
     replace_stem(model)
     save_file(randomize_batch_norm(model).state_dict(), tmp_path / "w.safetensors")
     result = bshub_command(
-        "sanitize", tmp_path / "w.safetensors", "--clean-dir", few_test_images, "-o", tmp_path / "out", "--mu", 1.5,
+        "sanitize", tmp_path / "w.safetensors", "--clean-dir", few_test_images, "-o", tmp_path / "out",
+        "--score", "lipschitz", "--mu", 1.5,
         "--arch", "timm/resnet18?num_classes=10&stem=cifar&channels=8,8,16,16&input_size=32", "--no-onnx", "--json",
         "--finetune-epochs", 0,
     )  # fmt: skip
@@ -256,7 +257,8 @@ def test_the_loader_narrows_what_no_checkpoint_holds(tmp_path: Path, monkeypatch
     model = timm.create_model("resnetblur18", num_classes=10, channels=[8, 8, 16, 16])
     save_file(randomize_batch_norm(model).state_dict(), tmp_path / "w.safetensors")
     result = bshub_command(
-        "sanitize", tmp_path / "w.safetensors", "--arch", arch, "--clean-dir", DEMO / "clean", "--mu", 0.5,
+        "sanitize", tmp_path / "w.safetensors", "--arch", arch, "--clean-dir", DEMO / "clean",
+        "--score", "lipschitz", "--mu", 0.5,
         "--no-onnx", "--no-report", "--finetune-epochs", 0, "--json", "-o", tmp_path / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

@@ -157,7 +157,19 @@ def test_scan_without_images_writes_nothing_and_prints_a_table(tmp_path: Path, m
 def test_a_sanitized_artifact_can_be_sanitized_again(artifact: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "again"
     result = bshub_command(
-        "sanitize", artifact.folder, "--clean-dir", CLEAN, "-o", out, "--mu", 2, "--finetune-epochs", 0, "--no-onnx"
+        "sanitize",
+        artifact.folder,
+        "--clean-dir",
+        CLEAN,
+        "-o",
+        out,
+        "--score",
+        "lipschitz",
+        "--mu",
+        2,
+        "--finetune-epochs",
+        0,
+        "--no-onnx",
     )
     assert result.exit_code == 0, result.stderr
     assert f"written: {out}" in result.stdout

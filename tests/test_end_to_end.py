@@ -88,7 +88,8 @@ def test_a_timm_name_takes_its_weights_from_timms_repository(hub: LoopbackHub) -
 def test_sanitize_publishes_what_it_wrote_and_the_hub_gives_it_back(hub: LoopbackHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = bshub_command(
-        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "-o", out, "--no-onnx", "--mu", "3",
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "-o", out, "--no-onnx",
+        "--score", "lipschitz", "--mu", "3",
         "--finetune-epochs", "0", "--push-to", "me/cleaned", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

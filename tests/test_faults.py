@@ -34,7 +34,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """A whole run on a small model, a second or so; what follows is the output."""
     root = tmp_path_factory.mktemp("inputs")
     model, clean = make_model(root / "model"), make_images(root / "clean")
-    options = ["--no-onnx", "--no-report", "--mu", 2, "--finetune-epochs", 1, "--overwrite"]
+    options = ["--no-onnx", "--no-report", "--score", "lipschitz", "--mu", 2, "--finetune-epochs", 1, "--overwrite"]
     return ["sanitize", model, "--clean-dir", clean, *options, "-o"]
 
 

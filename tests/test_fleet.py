@@ -27,7 +27,7 @@ from bshub.fleet.summary import COLUMNS, page, parquet
 from bshub.fleet.task import Job, clean, folder_name, identify
 from bshub.settings import Settings
 
-QUICK = Settings(mu=2.5, finetune_epochs=0)
+QUICK = Settings(score="lipschitz", mu=2.5, finetune_epochs=0)
 
 
 def model_folder(place: Path, seed: int) -> Path:
@@ -213,7 +213,7 @@ def test_a_place_without_a_file_system_is_refused() -> None:
 def fleet_command(models: Path, output: Path) -> list[str]:
     return [
         sys.executable, "-c", "from bshub_cli.main import app; app()", "fleet", str(models),
-        "--clean-dir", str(DEMO / "clean"), "-o", str(output), "--workers", "2", "--mu", "2.5",
+        "--clean-dir", str(DEMO / "clean"), "-o", str(output), "--workers", "2", "--score", "lipschitz", "--mu", "2.5",
         "--no-onnx", "--no-report", "--json",
     ]  # fmt: skip
 

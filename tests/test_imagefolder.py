@@ -273,7 +273,7 @@ def test_the_report_says_that_labels_are_the_models_own(tmp_path: Path) -> None:
     for image in sorted((DEMO / "clean").glob("*/*.jpg"))[::3]:
         (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / f"{image.parent.name}-{image.name}").write_bytes(image.read_bytes())
-    arguments = ["scan", DEMO / "model", "--clean-dir", tmp_path / "flat", "--mu", 3]
+    arguments = ["scan", DEMO / "model", "--clean-dir", tmp_path / "flat", "--score", "lipschitz", "--mu", 3]
     assert "images but no class folders" in bshub_command(*arguments).stderr
     result = bshub_command(*arguments, "--unlabelled", "--json")
     assert result.exit_code == 0, result.stderr

@@ -271,7 +271,8 @@ def test_sanitize_signs_what_verify_and_the_gate_ask_for(tmp_path: Path) -> None
     private, public = make_keys(tmp_path, "signer")
     place = tmp_path / "artifact"
     made = bshub_command(
-        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--finetune-epochs", 0, "--no-onnx", "--no-report",
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean",
+        "--score", "lipschitz", "--finetune-epochs", 0, "--no-onnx", "--no-report",
         "--sign", private, "-o", place,
     )  # fmt: skip
     assert made.exit_code == 0, made.output

@@ -55,7 +55,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, few_test_images: Path) ->
         run(place, "openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub.pem")
     made = bshub_command(
         "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--test-dir", few_test_images, "--no-report",
-        "--finetune-epochs", 0, "--sign", place / "key.pem", "-o", place / "artifact",
+        "--score", "lipschitz", "--finetune-epochs", 0, "--sign", place / "key.pem", "-o", place / "artifact",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     policy(place, signer="key.pub.pem")

@@ -259,7 +259,19 @@ def test_the_evidence_is_the_plan_and_the_answers(trained: nn.Module) -> None:
 
 
 def test_no_report_and_no_thumbnails_leave_them_out(tmp_path: Path) -> None:
-    common = [DEMO / "model", "--clean-dir", DEMO / "clean", "--mu", 2.5, "--finetune-epochs", 0, "--no-onnx", "--json"]
+    common = [
+        DEMO / "model",
+        "--clean-dir",
+        DEMO / "clean",
+        "--score",
+        "lipschitz",
+        "--mu",
+        2.5,
+        "--finetune-epochs",
+        0,
+        "--no-onnx",
+        "--json",
+    ]
     result = bshub_command("sanitize", *common, "--no-thumbnails", "-o", tmp_path / "plain")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["page"] == {"clean_images_shown": 0}
@@ -273,7 +285,8 @@ def test_a_page_that_cannot_be_drawn_does_not_cost_the_run(tmp_path: Path, monke
 
     monkeypatch.setattr("bshub.release.report.write_plots", broken)
     result = bshub_command(
-        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--mu", 2.5, "--finetune-epochs", 0, "--no-onnx",
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean",
+        "--score", "lipschitz", "--mu", 2.5, "--finetune-epochs", 0, "--no-onnx",
         "--json", "-o", tmp_path / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

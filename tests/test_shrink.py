@@ -174,7 +174,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The demo with ``--shrink 0.2`` and a report page, after a pass of repair."""
     folder = tmp_path_factory.mktemp("shrunk") / "out"
     result = bshub_command(
-        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--shrink", 0.2, "--mu", 2.25,
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--shrink", 0.2,
+        "--score", "lipschitz", "--mu", 2.25,
         "--finetune-epochs", 1, "--no-onnx", "--json", "-o", folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -239,7 +240,19 @@ def test_card_and_page_keep_suspicious_and_spare_filters_apart(demo: Artifact) -
 
 def test_a_dry_run_tells_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ("sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--mu", 2.25, "--shrink", 0.1, "--dry-run")
+    command = (
+        "sanitize",
+        DEMO / "model",
+        "--clean-dir",
+        DEMO / "clean",
+        "--score",
+        "lipschitz",
+        "--mu",
+        2.25,
+        "--shrink",
+        0.1,
+        "--dry-run",
+    )
     report = json.loads(bshub_command(*command, "--json").stdout)
     spare = report["diagnosis"]["counts"]["spare"]
     assert spare == sum(map(len, report["shrink"]["filters"].values())) > 0

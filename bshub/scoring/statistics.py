@@ -175,8 +175,8 @@ def asking_only(model: nn.Module, weights: list[Any]) -> Iterator[None]:
         model: The network.
         weights: Those of its parameters that get a gradient.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context manager.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
