@@ -133,6 +133,7 @@ def sanitize(
         after = clean_accuracy(small, clean.batches(settings.batch_size))
         left = held_against(small, triggers, clean)
         unlearning = {"before": held, "after": left, "share": share} if triggers else None
+        repaired = share > 0
         # what is left of the trigger is worth as much as what is left of the accuracy
         if not _finite(small) or after.value < pruned.value - max(WORSE, held - left):
             small.load_state_dict(before_repair)

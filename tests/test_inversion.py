@@ -110,7 +110,7 @@ def test_what_is_found_works_and_the_filter_behind_it_answers_most() -> None:
     model = Planted(backdoor=True)
     images, labels = clean_images(model)
     found = find_shortcut(model, images, labels, seed=0)
-    assert all(trigger.success(model, images, labels) > 0.8 for trigger in found.triggers)
+    assert all(trigger.success(model, images, labels) > 0.5 for trigger in found.triggers)
     pairing = find_pairs(model, follow_channels(model, (3, SIZE, SIZE))[0])
     response = trigger_response(model, pairing, images, labels, found.triggers)
     assert response["conv"].shape == (FILTERS,) and int(response["conv"].argmax()) == 0

@@ -44,10 +44,22 @@ def held_against(model: nn.Module, triggers: Sequence[InvertedTrigger], clean: C
     return worst
 
 
+def tolerated(images: int) -> float:
+    """Success up to which a trigger counts as gone: ``LITTLE`` and one standard error of a share of that many images.
+
+    Args:
+        images: Clean images that it was counted on.
+
+    Returns:
+        A share, 0 to 1.
+    """
+    return LITTLE + (LITTLE * (1 - LITTLE) / max(images, 1)) ** 0.5
+
+
 def stop_early(
     model: nn.Module, before: Mapping[str, Tensor], triggers: Sequence[InvertedTrigger], clean: CleanImages
 ) -> float:
-    """Go back toward the weights before the repair, as far as the triggers still have ``LITTLE`` success.
+    """Go back toward the weights before the repair, as far as the triggers have no more success than is tolerated.
 
     Args:
         model: The repaired network; its weights are changed.
@@ -65,7 +77,7 @@ def stop_early(
             for name, tensor in after.items()
         }
         model.load_state_dict(between)
-        if held_against(model, triggers, clean) <= LITTLE:
+        if held_against(model, triggers, clean) <= tolerated(len(clean.labels)):
             return share
     model.load_state_dict(after)
     return 1.0
