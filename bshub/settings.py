@@ -43,7 +43,7 @@ class Settings:
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         precision: Of the repair's arithmetic: ``fp32``, or ``bf16`` (autocast; weights stay float32), which takes less
-            time on processors that have it. Scores, plan and proof are never in bf16.
+            time on processors that have it. Plan and proof do not depend on it.
         effort: Share of a baseline's published iterations, 1 = as published; ours has none.
         shrink: Largest share of the filters that leave beside the suspicious ones because they are of little use, as
             far as the budget allows; 0 = none. Not for baselines.

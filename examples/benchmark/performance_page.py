@@ -89,7 +89,7 @@ def _defenses(rows: Rows) -> list[str]:
     return [
         "The demo's ResNet-18 (32 px), its hundred clean images: the whole of `sanitize` in memory, repair included,",
         "and the published defenses with their published numbers of iterations. Asked for: NAD, ANP and AWM at least",
-        "ten times as long. A *step* is one forward and backward over the images.",
+        "ten times as long. A *step* is one forward and backward over the images. Most of ours is the search for a trigger.",
         "",
         *_table(
             ["method", "CPU s", "steps", "÷ ours", "how"],
@@ -116,8 +116,8 @@ def _precision(rows: Rows) -> list[str]:
     same = "the same plan" if r["same_plan"] else "another plan"
     return [
         f"`--precision bf16` runs the repair in {r['ratio']:.2f} of the wall time ({r['repair_bf16']:.1f} s for "
-        f"{r['repair_fp32']:.1f} s), with {same}: scores,",
-        f"threshold, surgery and proof never leave float32. Right on the clean images afterwards: {half}, in float32",
+        f"{r['repair_fp32']:.1f} s), with {same}, which",
+        f"does not depend on it. Right on the clean images afterwards: {half}, in float32",
         f"{full}. It is off by default, so that the same seed gives the same weights on every machine.",
     ]
 
