@@ -89,7 +89,8 @@ def _defenses(rows: Rows) -> list[str]:
     return [
         "The demo's ResNet-18 (32 px), its hundred clean images: the whole of `sanitize` in memory, repair included,",
         "and the published defenses with their published numbers of iterations. Asked for: NAD, ANP and AWM at least",
-        "ten times as long. A *step* is one forward and backward over the images. Most of ours is the search for a trigger.",
+        "ten times as long. A *step* is one forward and backward over the images. Most of ours is the search for a",
+        "trigger.",
         "",
         *_table(
             ["method", "CPU s", "steps", "÷ ours", "how"],

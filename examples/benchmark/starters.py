@@ -123,10 +123,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "The two starter models: CIFAR-10, half-width ResNet-18 with the CIFAR stem, 5 % poison, target 0. Ten clean",
         "images per class from the training split, three draws. Rates in percent with a 95 % Wilson interval on the",
         "10 000 test images (9 000 for ASR and RA); no figure here was used to choose a threshold of a run: μ was",
-        "chosen on the clean images alone. Budget and distillation were chosen while looking at these two models and the",
-        "demo's.",
-        "`tac`, the answer to an inverted trigger, is the default; `lipschitz` judges by the weights and was the default",
-        "before; `bss` is the reconstruction of the paper's four-term score. `tac` was chosen on other models (results.md).",
+        "chosen on the clean images alone. Budget and distillation were chosen while looking at these two models and",
+        "the demo's, the search for a trigger on other models (results.md). `tac`, the answer to an inverted trigger, is",
+        "the default; `lipschitz` judges by the weights; `bss` is the reconstruction of the paper's four-term score.",
         "",
     ]
     for model in MODELS:
