@@ -51,7 +51,7 @@ def layers_of(found: Any, report: dict[str, Any]) -> list[Layer]:
     """Scores by layer, with what really happened to each filter."""
     fate = {
         (layer, index): word
-        for word, key in zip(FATES[1:], ("removed", "silenced", "followers"), strict=True)
+        for word, key in zip(FATES[1:4], ("removed", "silenced", "followers"), strict=True)
         for layer, filters in report[key].items()
         for index in filters
     }

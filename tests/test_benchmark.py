@@ -18,7 +18,7 @@ from bshub.benchmark.command import bench_to_folder
 from bshub.benchmark.cost import costs
 from bshub.benchmark.draws import draw
 from bshub.benchmark.evidence import hit_rate, judge_statistics, spearman
-from bshub.benchmark.grid import Grid, cells_of, chosen_tests, open_victim
+from bshub.benchmark.grid import Grid, cells_of, chosen_tests, open_victim, unseen
 from bshub.benchmark.methods import parse_method
 from bshub.benchmark.page import results_page
 from bshub.benchmark.rows import Cell, Rows
@@ -109,6 +109,20 @@ def test_draws_are_nested_seeded_and_never_poisoned(victims: tuple[Path, Path], 
     assert draw(folder, 10, 0, poisoned) == ten != draw(folder, 10, 1, poisoned)
     with pytest.raises(UsageError, match="clean images"):
         draw(folder, 25, 0, poisoned)
+
+
+def test_a_class_that_was_poisoned_to_the_last_image_draws_on_unmeasured_test_images(data: Path) -> None:
+    folder, test = open_folder(data / "train", 3, None), open_folder(data / "test", 3, None)
+    names = [path.relative_to(folder.root).as_posix() for path in folder.paths]
+    poisoned = {name for name, label in zip(names, folder.labels, strict=True) if label == 0}
+    chosen = chosen_tests(test, 12)
+    measured = {test.paths[i] for i in chosen}
+    drawn = draw(folder, 2, 0, poisoned, unseen(test, chosen))
+    assert [label for _, label in drawn] == sorted(label for _, label in drawn) and len(drawn) % 2 == 0
+    for path, label in drawn:
+        assert path not in measured and path.is_relative_to(test.root if label == 0 else folder.root)
+    rest = [(path, label) for path, label in drawn if label]
+    assert rest == [(path, label) for path, label in draw(folder, 2, 0, set()) if label]
 
 
 def test_a_model_trained_anew_is_measured_anew(victims: tuple[Path, Path], data: Path) -> None:
