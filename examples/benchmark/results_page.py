@@ -140,8 +140,9 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
 def _methods(found: list[Group], wanted: Any) -> list[str]:
     attacked = {g.model for g in found if g.rows and g.rows[0]["before"].get("asr")}
     have = {m: {g.model for g in found if g.method == m and g.rows} for m in {g.method for g in found}}
-    most = max((len(models & attacked) for models in have.values()), default=0)
-    shared = set.intersection(*[models for models in have.values() if len(models & attacked) == most])
+    # ours may have been measured on more models than any other method: what counts is where others stand beside it
+    most = max((len(models & attacked) for method, models in have.items() if method != "bshub"), default=0)
+    shared = set.intersection(*[models for models in have.values() if len(models & attacked) >= most])
     table = [
         f"Means over {len(shared & attacked)} backdoored models ({_listed(sorted(shared & attacked))});",
         "*clean model*: ACC lost on the innocent control. Only methods that were measured on all of them.",
@@ -149,7 +150,7 @@ def _methods(found: list[Group], wanted: Any) -> list[str]:
         "| method | mean ASR | worst ASR | ACC lost | clean model | DER | seconds | ×bare | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    whole = [g for g in found if len(have[g.method] & attacked) == most]
+    whole = [g for g in found if len(have[g.method] & attacked) >= most]
     for line in lines(whole, wanted.per_class[0], shared):
         cells = [number(v) for v in (line.asr, line.worst, line.drop, line.control)]
         cells += [number(line.der, 3), number(line.seconds), number(line.ratio, 0), number(line.megabytes, 0)]
