@@ -48,7 +48,7 @@ def examine(checkpoint: str | None, arch: str, pictures: list[str] | None) -> tu
             shutil.copy(picture, clean_dir / f"{number}{Path(picture).suffix}")
         inputs = Inputs(checkpoint, arch=arch, clean_dir=clean_dir if pictures else None, unlabelled=bool(pictures))
         try:
-            settings = Settings()
+            settings = Settings(score="lipschitz")  # a visitor waits: the weights are judged, which takes no search
             source, clean, _, _ = load_inputs(inputs, settings, Steps())
             batches = list(clean.batches(source.preprocessing, settings.batch_size)) if clean else None
             found = scan(source.module, batches, settings, input_size=source.preprocessing.input_size)
