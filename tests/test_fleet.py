@@ -167,7 +167,7 @@ import json
 from bshub.fleet.entries import Entry
 from bshub.fleet.task import *
 import bshub.commands, torch
-quick = Settings(mu=2.5, finetune_epochs=0)
+quick = Settings(score="lipschitz", mu=2.5, finetune_epochs=0)
 place = Job({str(DEMO / "clean")!r}, "", quick, {str(tmp_path / "out")!r}, onnx=False, page=False)
 real = bshub.commands.sanitize_to_folder
 bshub.commands.sanitize_to_folder = lambda *a, **k: torch.ones(1 << 30)
