@@ -204,7 +204,7 @@ def test_an_artifact_of_both_kinds_rebuilds_from_one_recipe(tmp_path: Path) -> N
     made: list[SanitizeResult] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bshub.commands.sanitize", lambda *a, **k: made.append(sanitize(*a, **k)) or made[-1])
-        settings = Settings(shrink=0.15, mu=2.25, finetune_epochs=0)
+        settings = Settings(score="lipschitz", shrink=0.15, mu=2.25, finetune_epochs=0)
         sanitize_to_folder(inputs, settings, tmp_path / "out", wishes=Wishes(onnx=False, page=False))
     (result,) = made
     assert result.plan.spare
