@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -240,20 +241,24 @@ def _threshold(
     if shortcut is not None and shortcut.searched and not shortcut.triggers:
         return Threshold(MU_NOTHING, shortcut.reason())
 
-    def accuracy_at(mu: float) -> tuple[int, float]:
+    triggers = shortcut.triggers if shortcut is not None else ()
+
+    @lru_cache(maxsize=1)  # both questions are asked of one μ after the other
+    def pruned_at(mu: float) -> tuple[int, nn.Module]:
         plan = make_plan(flow, pairing, flag(pairing.pairs, scores, mu))
         flagged = plan.counts()["flagged"]
-        pruned = silence(model, plan) if flagged else model
+        return flagged, silence(model, plan) if flagged else model
+
+    def accuracy_at(mu: float) -> tuple[int, float]:
+        flagged, pruned = pruned_at(mu)
         return flagged, clean_accuracy(pruned, yardstick.batches).value
 
     def fails(mu: float) -> bool:
-        pruned = silence(model, make_plan(flow, pairing, flag(pairing.pairs, scores, mu)))
-        return shortcut is None or all(
-            t.success(pruned, clean.images, clean.labels) <= FAILS for t in shortcut.triggers
-        )
+        _, pruned = pruned_at(mu)
+        return all(trigger.success(pruned, clean.images, clean.labels) <= FAILS for trigger in triggers)
 
-    budget, enough = yardstick.allowed(settings.budget), fails if shortcut is not None and shortcut.triggers else None
-    return choose_mu(accuracy_at, yardstick.before, budget, yardstick.measured, enough)
+    budget = yardstick.allowed(settings.budget)
+    return choose_mu(accuracy_at, yardstick.before, budget, yardstick.measured, fails if triggers else None)
 
 
 def _shrink(

@@ -18,6 +18,10 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
+# a quick run that prunes something: no search for a trigger, no repair, no ONNX
+BY_WEIGHTS = (
+    "--clean-dir", DEMO / "clean", "--score", "lipschitz", "--mu", 2.5, "--finetune-epochs", 0, "--no-onnx",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

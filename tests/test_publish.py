@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, bshub_command
+from conftest import BY_WEIGHTS, DEMO, bshub_command
 from loopback_hub import LoopbackHub, point_client_at
 
 from bshub.errors import PublishError
@@ -297,18 +297,7 @@ def test_the_command_publishes_and_says_where(hub: LoopbackHub, folder: Path) ->
     assert wrong.exit_code == 2 and wrong.stderr.startswith("bshub: ") and wrong.stdout == ""
 
 
-QUICK = (
-    "--clean-dir",
-    DEMO / "clean",
-    "--score",
-    "lipschitz",
-    "--mu",
-    2.5,
-    "--finetune-epochs",
-    0,
-    "--no-onnx",
-    "--no-report",
-)
+QUICK = (*BY_WEIGHTS, "--no-report")
 
 
 def test_a_refused_push_after_a_run_keeps_the_model_and_says_how_to_go_on(hub: LoopbackHub, tmp_path: Path) -> None:

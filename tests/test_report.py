@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, Artifact, bshub_command
+from conftest import BY_WEIGHTS, DEMO, Artifact, bshub_command
 from little_nets import Mixed, coloured_images, same, snapshot
 from PIL import Image
 from torch import nn
@@ -259,19 +259,7 @@ def test_the_evidence_is_the_plan_and_the_answers(trained: nn.Module) -> None:
 
 
 def test_no_report_and_no_thumbnails_leave_them_out(tmp_path: Path) -> None:
-    common = [
-        DEMO / "model",
-        "--clean-dir",
-        DEMO / "clean",
-        "--score",
-        "lipschitz",
-        "--mu",
-        2.5,
-        "--finetune-epochs",
-        0,
-        "--no-onnx",
-        "--json",
-    ]
+    common = [DEMO / "model", *BY_WEIGHTS, "--json"]
     result = bshub_command("sanitize", *common, "--no-thumbnails", "-o", tmp_path / "plain")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["page"] == {"clean_images_shown": 0}

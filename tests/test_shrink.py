@@ -241,18 +241,9 @@ def test_card_and_page_keep_suspicious_and_spare_filters_apart(demo: Artifact) -
 def test_a_dry_run_tells_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = (
-        "sanitize",
-        DEMO / "model",
-        "--clean-dir",
-        DEMO / "clean",
-        "--score",
-        "lipschitz",
-        "--mu",
-        2.25,
-        "--shrink",
-        0.1,
-        "--dry-run",
-    )
+        "sanitize", DEMO / "model", "--clean-dir", DEMO / "clean", "--score", "lipschitz", "--mu", 2.25,
+        "--shrink", 0.1, "--dry-run",
+    )  # fmt: skip
     report = json.loads(bshub_command(*command, "--json").stdout)
     spare = report["diagnosis"]["counts"]["spare"]
     assert spare == sum(map(len, report["shrink"]["filters"].values())) > 0

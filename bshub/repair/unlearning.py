@@ -71,13 +71,14 @@ def stop_early(
         The share of the way that was kept, 0 to 1.
     """
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    little = tolerated(len(clean.labels))
     for share in SHARES if triggers else ():
         between = {
             name: before[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
             for name, tensor in after.items()
         }
         model.load_state_dict(between)
-        if held_against(model, triggers, clean) <= tolerated(len(clean.labels)):
+        if held_against(model, triggers, clean) <= little:
             return share
     model.load_state_dict(after)
     return 1.0

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bshub.augment import augment
 from bshub.device import has_bf16
 from bshub.graph.trace import in_mode
-from bshub.scoring.inversion import FAMILIES, InvertedTrigger
+from bshub.scoring.inversion import FAMILIES, STEP, InvertedTrigger, dense_fit, dense_step
 from bshub.scoring.statistics import asking_only
 
 BATCH = 16  # images per step
@@ -76,9 +76,8 @@ class Shortcut:
 
 def total_steps(classes: int) -> int:
     """Upper bound of the steps that :func:`find_shortcut` reports for a network of that many classes."""
-    racing = min(classes, SCREENED)
-    screened = SCREEN if classes > 2 * SCREENED else 0
-    return len(FAMILIES) * (screened + (classes if not screened else racing) * RACE + FINALISTS * FINAL)
+    race = classes * RACE if classes <= 2 * SCREENED else SCREEN + SCREENED * RACE
+    return len(FAMILIES) * (race + FINALISTS * FINAL + FINALISTS // 2 * SETTLE)
 
 
 def find_shortcut(
@@ -113,7 +112,7 @@ def find_shortcut(
             needs[family] = {trigger.target: trigger.strength for trigger in finalists}
             found, gaps[family] = standing_out([trigger.strength for trigger in finalists])
             for trigger in finalists[:found]:
-                trigger.set(min(EXCESS * trigger.strength, finalists[found].strength, FAMILIES[family].most))
+                trigger.set(min(EXCESS * trigger.strength, finalists[found].strength, trigger.most))
                 for _ in range(SETTLE):
                     feed.step(trigger)
                 triggers.append(trigger)
@@ -158,7 +157,7 @@ class _Feed:
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, seed: int, progress: Callable[[int], None]
     ) -> None:
-        self.model, self.images, self._labels, self._progress = model, images, labels, progress
+        self.model, self.images, self._labels, self.progress = model, images, labels, progress
         self.half = has_bf16(images.device)
         self._generator = torch.Generator().manual_seed(seed)
         self._indices: dict[int | None, Tensor] = {}
@@ -175,11 +174,7 @@ class _Feed:
     def step(self, trigger: InvertedTrigger, half: bool = False) -> None:
         """One step of one trigger on a fresh batch."""
         trigger.sharpen(self.model, self.batch(trigger.target), half)
-        self._progress(1)
-
-    def done(self, steps: int) -> None:
-        """Steps that were taken elsewhere."""
-        self._progress(steps)
+        self.progress(1)
 
 
 def candidates(feed: _Feed, family: str, classes: int) -> list[int]:
@@ -211,7 +206,6 @@ def candidates(feed: _Feed, family: str, classes: int) -> list[int]:
         (slope,) = torch.autograd.grad(-F.cross_entropy(logits, own), change)
         probabilities = logits.detach().softmax(1).scatter(1, own.unsqueeze(1), 0)
         seen += probabilities.mean(0)
-        change = (change - 0.25 * of.most * slope / (slope.square().mean().sqrt() + 1e-12)).detach()
-        change = change * (of.most / change.square().mean().sqrt()).clamp(max=1)
-        feed.done(1)
+        change = dense_fit(change.detach() - dense_step(slope, STEP * of.most), of.most)
+        feed.progress(1)
     return seen.topk(min(SCREENED, classes)).indices.tolist()

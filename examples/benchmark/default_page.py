@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bshub.benchmark.page import number
-from bshub.benchmark.summary import Group, Line, lines, rate
+from bshub.benchmark.summary import Group, Line, lines, mean, rate
 
 CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
 TOOK = 90.0  # ASR before, in percent, from which an attack is one
@@ -44,18 +44,20 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         bar = BARS[count]
         table.append(f"| {count} | **bar** | 12 | – | ≤ {bar[0]} | ≤ {bar[1]} | ≤ {bar[2]} | ≤ {bar[3]} | – | – |")
         for name, models in _sets(mine).items():
-            table += _row(str(count), name, mine, models)
+            table.append(_row(count, name, mine, models))
     table += ["", "### One part left out at a time", ""]
-    methods = {g.method for g in found if g.rows and g.per_class == wanted.per_class[0]}
-    shared = _shared(found, methods, wanted.per_class[0])
+    count = wanted.per_class[0]
+    mine = [g for g in found if g.rows and g.per_class == count]
+    by_method = [{g.model for g in mine if g.method == method} for method in {g.method for g in mine}]
+    shared = set.intersection(*by_method) if by_method else set()
     attacked = sorted(shared - {"clean"})
     table += [
-        f"{wanted.per_class[0]} images per class; means over {len(attacked)} models ({', '.join(attacked)}).",
+        f"{count} images per class; means over {len(attacked)} models ({', '.join(attacked)}).",
         "",
         "| method | what it is | mean ASR | worst ASR | ACC lost | clean model | DER | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for line in lines([g for g in found if g.per_class == wanted.per_class[0]], wanted.per_class[0], shared):
+    for line in lines(mine, count, shared):
         table.append(f"| `{line.method}` | {WORDS.get(line.method, '')} | {_figures(line)} |")
     return table
 
@@ -75,18 +77,12 @@ def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
     return {name: models for name, models in sets.items() if models}
 
 
-def _row(count: str, name: str, mine: Sequence[Group], models: set[str]) -> list[str]:
-    chosen = [g for g in mine if g.model in models]
-    before = sum(g.mean(rate("before", "asr")) or 0 for g in chosen) / len(chosen)
-    (line,) = lines([g for g in mine if g.model in models | {"clean"}], int(count))
-    return [f"| {count} | {name} | {line.models} | {number(before)} | {_figures(line)} |"]
+def _row(count: int, name: str, mine: Sequence[Group], models: set[str]) -> str:
+    before = mean(g.mean(rate("before", "asr")) for g in mine if g.model in models)
+    (line,) = lines([g for g in mine if g.model in models | {"clean"}], count)
+    return f"| {count} | {name} | {line.models} | {number(before)} | {_figures(line)} |"
 
 
 def _figures(line: Line) -> str:
     cells = [number(value) for value in (line.asr, line.worst, line.drop, line.control)]
     return " | ".join([*cells, number(line.der, 3), number(line.seconds)])
-
-
-def _shared(found: Sequence[Group], methods: set[str], count: int) -> set[str]:
-    have = [{g.model for g in found if g.method == m and g.rows and g.per_class == count} for m in methods]
-    return set.intersection(*have) if have else set()
