@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ load
     from bshub.release.onnx import export_onnx as export_onnx
     from bshub.release.publish import publish as publish
     from bshub.settings import Settings as Settings
+    from bshub.stand_ins import StandIns as StandIns
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _PLACES = {
     "LoadedModel": ("bshub.intake.models", "LoadedModel"),
     "SanitizeResult": ("bshub.pipeline", "SanitizeResult"),
     "Settings": ("bshub.settings", "Settings"),
+    "StandIns": ("bshub.stand_ins", "StandIns"),
     "export_onnx": ("bshub.release.onnx", "export_onnx"),
     "load": ("bshub.intake.models", "load_model"),
     "publish": ("bshub.release.publish", "publish"),

@@ -25,9 +25,11 @@ class CleanImages:
         device: Where the batches go.
         total: Number of images to come, where it is known; a DataLoader knows.
         workers: The processes; ``join`` makes the kept images those of all.
+        made_up: Whether they are stand-ins, whose labels are the model's own answers.
 
     Attributes:
         total: Number of images to come to this process, if known.
+        made_up: As given.
         count: Number of images seen; after ``join``, by all processes.
 
     Raises:
@@ -41,8 +43,9 @@ class CleanImages:
         device: torch.device,
         total: int | None = None,
         workers: Workers | None = None,
+        made_up: bool = False,
     ) -> None:
-        self._device = device
+        self._device, self.made_up = device, made_up
         self._workers = workers or Workers()
         self.total = total if total is not None else _size(loader)
         self._rest = iter(loader)

@@ -29,6 +29,7 @@ from bshub.release.publish import check_name, publish
 from bshub.repair.finetune import find_repair
 from bshub.scoring.suspiciousness import find_score
 from bshub.settings import OURS, Settings
+from bshub.stand_ins import StandIns
 from bshub.writing import Wishes, write_artifact
 
 
@@ -47,7 +48,7 @@ def sanitize_to_folder(
     """Sanitize a model by reference and write the artifact.
 
     Args:
-        inputs: Model and images; ``clean_dir`` is needed.
+        inputs: Model and images; without ``clean_dir`` made-up images stand in.
         settings: Of the run.
         output: The artifact's folder; None: nothing is written (a dry run: no repair, no export).
         overwrite: Replace an earlier artifact there.
@@ -63,9 +64,10 @@ def sanitize_to_folder(
     Raises:
         BshubError: One of its kinds; nothing is left behind.
     """
-    if inputs.clean_dir is None:
-        raise UsageError("sanitize needs clean images", hint="add --clean-dir DIR")
     _check_names(settings)
+    if inputs.clean_dir is None and (inputs.unlabelled or settings.method != "bshub"):
+        what = "--unlabelled is about clean images" if inputs.unlabelled else f"{settings.method!r} needs clean images"
+        raise UsageError(what, hint="add --clean-dir DIR; without images only the default method works")
     if push_to:
         check_name(push_to)  # not after an hour of work
     workers = launched(settings.device)
@@ -73,19 +75,19 @@ def sanitize_to_folder(
         check_output(output, overwrite)
     steps = Steps(progress)
     source, clean, test, trigger = load_inputs(inputs, settings, steps)
-    assert clean is not None
     wishes = replace(wishes or Wishes(), repository=push_to)
     wishes.check(source)
-    own = _own_part(clean, workers)
-    batches = own.batches(source.preprocessing, settings.batch_size)
+    own = _own_part(clean, workers) if clean else None
+    batches = own.batches(source.preprocessing, settings.batch_size) if own else _stand_ins(source, settings)
+    total = len(own) if own else None
     if output is None:
-        diagnosis = scan(source.module, batches, settings, total=len(own), workers=workers, progress=steps)
+        diagnosis = scan(source.module, batches, settings, total=total, workers=workers, progress=steps)
         return _judged(inputs, source, clean, diagnosis, steps)
     if workers.rank:
-        return sanitize(source.module, batches, settings, total=len(own), workers=workers, progress=steps).report
+        return sanitize(source.module, batches, settings, total=total, workers=workers, progress=steps).report
     # Held from here on: a second run into the same folder is refused before it has worked for nothing.
     with output_folder(output, overwrite) as folder:
-        result = sanitize(source.module, batches, settings, total=len(own), workers=workers, progress=steps)
+        result = sanitize(source.module, batches, settings, total=total, workers=workers, progress=steps)
         report = {**model_facts(inputs, source, clean), **result.report, "images": image_facts(clean)}
         report["warnings"] += image_warnings(inputs, clean)
         if test is not None:
@@ -158,6 +160,13 @@ def _check_names(settings: Settings) -> None:
     find_repair(settings.repair)
     if settings.method not in OURS:
         find_defense(settings.method, OURS)
+
+
+def _stand_ins(source: LoadedModel, settings: Settings) -> StandIns:
+    """Made-up images, normalised as the model expects."""
+    config = source.preprocessing.config
+    size, mean, std = source.preprocessing.input_size, config["mean"], config["std"]
+    return StandIns(size, mean, std, seed=settings.seed, batch_size=settings.batch_size)
 
 
 def _own_part(clean: ClassFolder, workers: Workers) -> ClassFolder:

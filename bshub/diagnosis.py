@@ -143,7 +143,7 @@ def diagnose(
         warnings.append(f"without clean images the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         name = WEIGHTS_ONLY_SCORE
     asks_trigger = find_score(name).needs_trigger
-    shrinks = clean is not None and settings.shrink > 0
+    shrinks = clean is not None and not clean.made_up and settings.shrink > 0
     streams = shrinks or (find_score(name).needs_images and not asks_trigger)
     stream = clean.stream() if clean is not None and streams else None
     with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
@@ -171,7 +171,7 @@ def diagnose(
         threshold = _threshold(model, flow, pairing, scores, clean, yardstick, shortcut, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None
-    if settings.shrink and yardstick is None:
+    if settings.shrink and not shrinks:
         warnings.append("without clean images no filter can be called useless: --shrink does nothing")
     elif settings.shrink and yardstick is not None:
         with steps.step("shrink"):
@@ -217,6 +217,8 @@ def _yardstick(model: nn.Module, clean: CleanImages | None, rate: Rate | None, s
     if clean is None or rate is None or (settings.mu != "auto" and not settings.shrink):
         return None
     batches = clean.batches(settings.batch_size)
+    if clean.made_up:
+        return _Yardstick(batches, rate.value, "agreement with the original")
     if rate.value >= FOREIGN:
         return _Yardstick(batches, rate.value, "accuracy")
     with torch.no_grad():  # too low to lose much: hold on to the model's own answers instead
@@ -236,12 +238,11 @@ def _threshold(
 ) -> Threshold:
     if settings.mu != "auto":
         return Threshold(float(settings.mu), "given")
-    if clean is None or yardstick is None:
-        return Threshold(WEIGHTS_ONLY_MU, "without clean images the usual value")
     if shortcut is not None and shortcut.searched and not shortcut.triggers:
         return Threshold(MU_NOTHING, shortcut.reason())
-
     triggers = shortcut.triggers if shortcut is not None else ()
+    if clean is None or yardstick is None or (clean.made_up and not triggers):
+        return Threshold(WEIGHTS_ONLY_MU, "without clean images the usual value")
 
     @lru_cache(maxsize=1)  # both questions are asked of one μ after the other
     def pruned_at(mu: float) -> tuple[int, nn.Module]:

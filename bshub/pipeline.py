@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
@@ -23,6 +24,7 @@ from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
 from bshub.repair.unlearning import held_against, stop_early
 from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
+from bshub.stand_ins import StandIns
 from bshub.surgery.remove import Removal, remove
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -55,7 +57,7 @@ class SanitizeResult:
 
 def sanitize(
     model: nn.Module,
-    loader: Batches,
+    loader: Batches | StandIns,
     settings: Settings | None = None,
     *,
     total: int | None = None,
@@ -68,7 +70,8 @@ def sanitize(
 
     Args:
         model: Any CNN classifier with batch norm; it is not changed. Half precision is worked on in float32.
-        loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once.
+        loader: Clean ``(images [n, c, h, w], labels [n])``, normalised as the model expects; iterated once. Where there
+            are none: ``StandIns(input_size)``.
         settings: Defaults otherwise.
         total: Number of images in the loader, for the progress bar; a DataLoader knows.
         workers: Processes that all call this with their own part of the images, see ``bshub.parallel.launched``.
@@ -89,7 +92,7 @@ def sanitize(
     find_repair(settings.repair)
     defense = None if settings.method in OURS else find_defense(settings.method, OURS)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device, total, workers)
+    clean = _images(original, loader, device, total, workers)
     # a baseline does what it does: nobody asks for a trigger then
     looking = replace(settings, score=WEIGHTS_ONLY_SCORE) if defense else settings
     diagnosis = diagnose(original, clean.input_size, clean, looking, steps, workers)
@@ -140,7 +143,12 @@ def sanitize(
             repaired, after = False, pruned
             warnings.append("the repair made the model worse and was undone: a lower --finetune-lr may help")
     assert diagnosis.clean_accuracy is not None
-    if after.value < diagnosis.clean_accuracy.value - LOST:
+    if clean.made_up:
+        warnings.append(
+            f"no clean images were given: {clean.count} made-up ones stood in for them, on which no accuracy can be "
+            "counted; measure the result with --test-dir before you use it"
+        )
+    elif after.value < diagnosis.clean_accuracy.value - LOST:
         warnings.append(
             f"accuracy on the clean images fell from {100 * diagnosis.clean_accuracy.value:.0f} to "
             f"{100 * after.value:.0f} %: a higher --mu{' or a lower --shrink' if settings.shrink else ''} removes less"
@@ -161,6 +169,7 @@ def sanitize(
         "trigger_success": unlearning,
         "clean_images": {
             "n": clean.count,
+            "made_up": clean.made_up,
             "accuracy_before": diagnosis.clean_accuracy.as_dict(),
             "accuracy_after": after.as_dict(),
         },
@@ -177,7 +186,7 @@ def sanitize(
 
 def scan(
     model: nn.Module,
-    loader: Batches | None = None,
+    loader: Batches | StandIns | None = None,
     settings: Settings | None = None,
     *,
     input_size: tuple[int, int, int] | None = None,
@@ -207,9 +216,18 @@ def scan(
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
     original = copy.deepcopy(model).to(device).float().eval()
-    clean = CleanImages(loader, device, total, workers) if loader is not None else None
+    clean = _images(original, loader, device, total, workers) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps, workers)
+
+
+def _images(
+    model: nn.Module, loader: Batches | StandIns, device: torch.device, total: int | None, workers: Workers | None
+) -> CleanImages:
+    if not isinstance(loader, StandIns):
+        return CleanImages(loader, device, total, workers)
+    part = (workers or Workers()).part(len(loader))
+    return CleanImages(loader.answered_by(model, part), device, part.stop - part.start, workers, made_up=True)
 
 
 def _finite(model: nn.Module) -> bool:

@@ -181,7 +181,8 @@ def _versions(source: LoadedModel) -> dict[str, str]:
 def _command(inputs: Inputs, settings: dict[str, Any], wishes: Wishes) -> str:
     """The command line that makes the same artifact again: what differs from the defaults, paths left open."""
     images = str(inputs.clean_dir) if is_dataset(inputs.clean_dir) else "CLEAN_IMAGES"
-    parts = ["bshub", "sanitize", shown_reference(inputs.model), "--clean-dir", images]
+    parts = ["bshub", "sanitize", shown_reference(inputs.model)]
+    parts += ["--clean-dir", images] if inputs.clean_dir else []
     parts += ["--unlabelled"] if inputs.unlabelled else []
     parts += ["--test-dir", "HELD_OUT_IMAGES"] if inputs.test_dir else []
     parts += ["--trigger", "TRIGGER"] if inputs.trigger else []

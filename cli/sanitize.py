@@ -84,7 +84,7 @@ def sanitize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Remove a model's suspicious filters with a handful of clean images; write the cleaned model.
+    """Remove a model's suspicious filters with a handful of clean images, or none; write the cleaned model.
 
     The result is a folder: weights and config in timm's layout, ONNX, model card, metrics and a report.
     """
@@ -160,6 +160,7 @@ def show_plan(report: dict[str, Any]) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     from bshub.release.card import rate_text
+    from bshub.release.wording import images_name, made_up
 
     print_warnings(report["warnings"])
     diagnosis, counts = report["diagnosis"], report["counts"]
@@ -183,7 +184,13 @@ def _show(report: dict[str, Any]) -> None:
             rows.append([title, rate_text(evaluation["before"][key]), rate_text(evaluation["after"][key])])
     if not evaluation:
         clean = report["clean_images"]
-        rows.append(["clean images %", rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])])
+        rows.append(
+            [
+                "made-up images, as before %" if made_up(report) else "clean images %",
+                rate_text(clean["accuracy_before"]),
+                rate_text(clean["accuracy_after"]),
+            ]
+        )
     print_table(f"{report['model']['reference']}", ["", "before", "after"], rows)
     say_search(diagnosis)
     say(f"threshold: {threshold_text(diagnosis)}")
@@ -191,7 +198,7 @@ def _show(report: dict[str, Any]) -> None:
         left = report["trigger_success"]
         say(
             f"unlearned: sharpened against the network, the inverted triggers lead {100 * left['before']:.0f} % of the "
-            f"clean images to their class before the repair, {100 * left['after']:.0f} % after it"
+            f"{images_name(report)} to their class before the repair, {100 * left['after']:.0f} % after it"
         )
     say_shrink(report, diagnosis["filters"], "were removed")
     typer.echo(

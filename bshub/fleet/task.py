@@ -156,7 +156,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     rates = report["clean_images"]
     tested = report.get("evaluation")
     return {
-        "state": "cleaned" if report["counts"]["flagged"] else "unchanged",
+        "state": "cleaned" if report["counts"]["flagged"] or report["repaired"] else "unchanged",
         "architecture": report["model"]["architecture"],
         "classes": report["model"]["num_classes"],
         "filters": report["diagnosis"]["filters"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from bshub.errors import printable
 from bshub.intake.models import LoadedModel
+from bshub.release.wording import images_name, made_up
 
 _RATES = {"accuracy": "accuracy", "asr": "attack success rate", "ra": "robust accuracy"}
 _MAX = 300
@@ -46,8 +47,9 @@ def card_of(source: LoadedModel, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _datasets(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     clean = record["clean_images"]["n"]
-    text = f"{clean} clean images; they chose the threshold and repaired the network"
-    yield {"type": "dataset", "name": "clean images", "description": text}
+    name = images_name(record)
+    text = f"{clean} {name}; they chose the threshold and repaired the network"
+    yield {"type": "dataset", "name": name, "description": text}
     if tested := (record.get("evaluation") or {}).get("test_images"):
         text = f"{tested} held-out images; nothing was chosen by them"
         yield {"type": "dataset", "name": "test images", "description": text}
@@ -59,7 +61,9 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for when in ("after", "before"):
         for key, words in _RATES.items():
             yield from _metric(words, (evaluation.get(when) or {}).get(key), f"test images, {when} sanitizing")
-        yield from _metric("accuracy", record["clean_images"][f"accuracy_{when}"], f"clean images, {when} sanitizing")
+        words = "agreement with the original" if made_up(record) else "accuracy"
+        rate = record["clean_images"][f"accuracy_{when}"]
+        yield from _metric(words, rate, f"{images_name(record)}, {when} sanitizing")
 
 
 def _metric(words: str, rate: Mapping[str, Any] | None, slice: str) -> Iterator[dict[str, Any]]:
@@ -76,7 +80,8 @@ def _limits(record: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "No trigger was known: that no backdoor is left was not measured."
     yield "Attacks that hide in filters which do not stand out are not found by scores of single filters."
-    yield "The clean images also chose the threshold and repaired the network: accuracy on them flatters."
+    rate = "agreement" if made_up(record) else "accuracy"
+    yield f"The {images_name(record)} also chose the threshold and repaired the network: {rate} on them flatters."
     for warning in record.get("warnings") or ():
         yield printable(warning, _MAX)
 

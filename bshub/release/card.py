@@ -16,6 +16,7 @@ from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
 from bshub.release.card_metadata import front_matter
 from bshub.release.loaders import loader_text, onnx_text
+from bshub.release.wording import images_name, rate_name
 from bshub.surgery.proof import Proof
 
 __all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
@@ -109,6 +110,7 @@ def model_card(
         more_layers=len(flagged[LAYERS_SHOWN:]),
         more_filters=sum(len(filters) for _, filters in flagged[LAYERS_SHOWN:]),
         repair_words=REPAIR_WORDS.get(report["settings"]["repair"], escape(report["settings"]["repair"])),
+        images=images_name(report),
         asr=(evaluation.get("after") or {}).get("asr"),
         licence=origin.licence,
         library=origin.architecture.library,
@@ -158,9 +160,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         if before and after:
             rows.append((title, rate_text(before), rate_text(after)))
     clean = report["clean_images"]
-    rows.append(
-        ("accuracy on the clean images used", rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"]))
-    )
+    rows.append((rate_name(report), rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])))
     for key, title in (("parameters", "parameters"), ("macs", "multiply-accumulates per image")):
         rows.append((title, f"{report[key]['before']:,}", f"{report[key]['after']:,}"))
     return rows

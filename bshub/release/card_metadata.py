@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from bshub.intake.models import LoadedModel
+from bshub.release.wording import made_up
 
 # The names that the Hub knows; another licence is written as `other` with its own name beside it.
 LICENCES = frozenset(
@@ -67,7 +68,8 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
     A rate is a value between 0 and 1 with the number of images and the ends of its interval.
     """
     evaluation, clean = report.get("evaluation") or {}, report["clean_images"]
-    own = report["model"].get("unlabelled", False)  # accuracy would be agreement with the model itself
+    # where the labels are the model's own answers, accuracy would be agreement with itself
+    own = report["model"].get("unlabelled", False) or made_up(report)
     found = []
     for when in ("after", "before"):
         rates = [("held-out", key, (evaluation.get(when) or {}).get(key)) for key in _RATES]

@@ -142,14 +142,14 @@ def curve_chart(threshold: Threshold, palette: Palette) -> alt.LayerChart:
     )
     y = alt.Y(
         "accuracy:Q",
-        title="right on clean images, %",
+        title="answered right, %",
         scale=alt.Scale(zero=False, padding=18),
         axis=alt.Axis(tickCount=5, grid=True),
     )
     tooltip = [
         alt.Tooltip("mu:Q", title="μ", format="~g"),
         alt.Tooltip("flagged:Q", title="filters flagged"),
-        alt.Tooltip("accuracy:Q", title="right on clean images, %", format=".1f"),
+        alt.Tooltip("accuracy:Q", title="answered right, %", format=".1f"),
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y, tooltip=tooltip)
     chosen = alt.datum.chosen == True  # noqa: E712 - an expression of Vega

@@ -32,6 +32,7 @@ from bshub.release.charts import (
     timeline_chart,
 )
 from bshub.release.evidence import FATES, Evidence, Layer
+from bshub.release.wording import images_name
 
 PLOTTED_LAYERS = 20  # of the picture for the card
 CONFUSED = 12  # rows of the table that replaces a large matrix
@@ -39,7 +40,7 @@ SCORES_CAPTION = (
     "Each point is a filter, each row a layer; right of the line a filter stands out more than the threshold allows"
 )
 CURVE_CAPTION = (
-    "Accuracy on the clean images at each threshold that was tried, before any repair. On top the number of filters "
+    "Accuracy on the {images} at each threshold that was tried, before any repair. On top the number of filters "
     "flagged; the ring marks the choice, the dashed line what pruning may cost."
 )
 _DRAW = """
@@ -82,6 +83,7 @@ def report_page(evidence: Evidence, report: dict[str, Any], names: Sequence[str]
         # Vega compiles its own expressions, hence eval; they hold nothing foreign
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}' 'unsafe-eval'",
+        images=images_name(report),
         fates=FATES if "shrink" in report else FATES[:-1],
     )
 
@@ -102,7 +104,7 @@ def write_plots(folder: Path, evidence: Evidence, report: dict[str, Any]) -> lis
     found = [("scores", scores_chart(layers, mu, PRINT), alt, caption)]
     if evidence.threshold.curve:
         chart = curve_chart(evidence.threshold, PRINT)
-        found.append(("curve", chart, "Accuracy on clean images by threshold", CURVE_CAPTION))
+        found.append(("curve", chart, "Accuracy by threshold", CURVE_CAPTION.format(images=images_name(report))))
     done = []
     for name, chart, alt, caption in found:
         specification = {**chart.to_dict(validate=False), "width": 640, "background": "#ffffff", "padding": 12}
@@ -168,7 +170,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if not tiles:
         clean = report["clean_images"]
         before, after = clean["accuracy_before"], clean["accuracy_after"]
-        tiles.append(("clean images", _percent(before), _percent(after), f"after: {_interval(after)}"))
+        tiles.append((images_name(report), _percent(before), _percent(after), f"after: {_interval(after)}"))
     for key, title in (("parameters", "parameters"), ("macs", "multiply-accumulates")):
         before, after = report[key]["before"], report[key]["after"]
         tiles.append((title, _count(before), _count(after), f"{100 * (after / before - 1):+.1f} %"))
