@@ -117,4 +117,4 @@ def _pink(count: int, channels: int, height: int, width: int, generator: torch.G
     frequency = (torch.fft.fftfreq(height).view(-1, 1).square() + torch.fft.rfftfreq(width).square()).sqrt()
     frequency[0, 0] = math.inf  # no mean
     shaped = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
-    return shaped / shaped.std((2, 3), keepdim=True).clamp_min(1e-12)
+    return shaped / shaped.std((2, 3), correction=0, keepdim=True).clamp_min(1e-12)

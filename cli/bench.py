@@ -19,7 +19,9 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Separated by spaces: bshub, paper, anp, … each with :key=value,… where wanted.")
     ] = "bshub paper clp ft",
-    per_class: Annotated[str, typer.Option(help="Numbers of clean images per class, separated by commas.")] = "10",
+    per_class: Annotated[
+        str, typer.Option(help="Numbers of clean images per class, separated by commas; 0: made-up ones.")
+    ] = "10",
     seeds: Annotated[str, typer.Option(help="Seeds of draws and methods, separated by commas.")] = "0",
     test_images: Annotated[int | None, typer.Option(min=10, help="Measure on that many test images.")] = None,
     effort: Annotated[float, typer.Option(min=0.0, max=10.0, help="Share of the baselines' iterations.")] = 1.0,
@@ -62,7 +64,7 @@ def bench(
                 for line in lines(groups(rows), count)
             ]
             columns = ["method", "mean ASR", "worst", "ACC lost", "DER", "seconds"]
-            print_table(f"{count} clean images per class", columns, table)
+            print_table(f"{count} clean images per class" if count else "no clean images", columns, table)
         say(f"written: {output}")
 
 

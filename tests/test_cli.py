@@ -193,7 +193,7 @@ def test_a_sanitized_artifact_can_be_sanitized_again(artifact: Artifact, tmp_pat
 REFUSALS: dict[str, tuple[int, str, list[str]]] = {
     "wrong model": (2, "no file or folder", ["./nowhere", "--clean-dir", "{clean}"]),
     "typo": (2, "did you mean", ["timm/restnet18", "--clean-dir", "{clean}"]),
-    "no clean dir": (2, "--clean-dir", ["{model}"]),
+    "no clean dir for a baseline": (2, "--clean-dir", ["{model}", "--method", "ft"]),
     "wrong clean dir": (2, "no folder at", ["{model}", "--clean-dir", "./nowhere"]),
     "empty clean dir": (2, "no class folders", ["{model}", "--clean-dir", "{empty}"]),
     "wrong test dir": (2, "no folder at", ["{model}", "--clean-dir", "{clean}", "--test-dir", "./nowhere"]),

@@ -202,3 +202,11 @@ def test_the_way_of_a_repair_ends_where_the_trigger_fails() -> None:
     expected = before["head.weight"][TARGET, 0] * (1 - share)
     assert float(repaired.head.weight[TARGET, 0]) == pytest.approx(float(expected))
     assert stop_early(repaired, before, [], clean) == 1
+
+
+def test_a_class_that_all_images_show_is_not_taken_for_one_that_they_are_led_to() -> None:
+    model = Planted(backdoor=False)
+    images, labels = clean_images(model, count=64)
+    one = labels == labels.mode().values
+    found = find_shortcut(model, images[one], labels[one], seed=0)
+    assert not found.triggers and int(labels.mode().values) not in found.needs["additive"]

@@ -29,9 +29,9 @@ def bench_to_folder(grid: Grid, output: Path, *, progress: Progress | None = Non
     Raises:
         UsageError: Something asked for cannot be used.
     """
-    if not grid.per_class or min(grid.per_class) < 1 or not grid.seeds or not grid.methods or not grid.models:
+    if not grid.per_class or min(grid.per_class) < 0 or not grid.seeds or not grid.methods or not grid.models:
         raise UsageError(
-            "a benchmark needs models, methods, seeds and at least one clean image per class",
+            "a benchmark needs models, methods, seeds and numbers of clean images per class",
             hint='bshub bench MODEL --data DIR --methods "bshub paper"',
         )
     if output.exists() and not output.is_dir():

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from bshub import __version__
 from bshub.benchmark.cost import bare_step, costs
 from bshub.benchmark.draws import batches, draw
-from bshub.benchmark.methods import parse_method
-from bshub.benchmark.rows import Cell, Rows
+from bshub.benchmark.methods import Batches, parse_method
+from bshub.benchmark.rows import Cell, Rows, on_weights
 from bshub.clean import CleanImages
 from bshub.device import pick_device
 from bshub.errors import BshubError, UsageError
@@ -31,10 +31,10 @@ from bshub.evaluation.metrics import Evaluation, der, evaluate_models
 from bshub.intake.folders import ClassFolder, open_folder
 from bshub.intake.models import LoadedModel, load_model
 from bshub.progress import Steps
+from bshub.stand_ins import StandIns
 
 BATCH = 250
 UNSEEN = 4  # images per class handed to methods that look at none; the bare step is taken over them
-ON_WEIGHTS = frozenset({"clp"})  # methods that look at no image: one row for all sample counts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Grid:
         models: Folders that ``bshub attack`` wrote.
         data: Folder with ``train/`` and ``test/``.
         methods: As in :func:`bshub.benchmark.methods.parse_method`.
-        per_class: Numbers of clean images per class.
+        per_class: Numbers of clean images per class; with 0 only our default is run, on made-up images.
         seeds: Of draws and methods.
         test_images: How many test images, drawn once for all; None: all.
         effort: Share of the baselines' published iterations.
@@ -135,9 +135,9 @@ def cells_of(grid: Grid, victim: Victim, tests: int) -> list[Cell]:
     cells = []
     for seed in grid.seeds:
         for method in grid.methods:
-            bare = method.partition(":")[0] in ON_WEIGHTS
-            for per_class in (0,) if bare else grid.per_class:
-                cells.append(Cell(victim.name, victim.weights, method, per_class, seed, grid.effort, tests))
+            for per_class in (0,) if on_weights(method) else grid.per_class:
+                if per_class or on_weights(method) or parse_method(method).name == "bshub":
+                    cells.append(Cell(victim.name, victim.weights, method, per_class, seed, grid.effort, tests))
     return list(dict.fromkeys(cells))
 
 
@@ -198,22 +198,27 @@ def measure_cell(
 ) -> dict[str, Any]:
     """One row: rates before and after, cost, and what the method said; a method that fails says why."""
     method = parse_method(cell.method)
-    avoid = set(victim.record.get("poisoned", {}).get("files", []))
-    chosen = draw(train, cell.per_class or UNSEEN, cell.seed, avoid, reserve)
-    clean = batches(chosen, victim.source.preprocessing, 128)
+    prepare = victim.source.preprocessing
+    given: Batches | StandIns
+    if cell.per_class or on_weights(cell.method):
+        avoid = set(victim.record.get("poisoned", {}).get("files", []))
+        given = clean = batches(draw(train, cell.per_class or UNSEEN, cell.seed, avoid, reserve), prepare, 128)
+    else:
+        given = StandIns(prepare.input_size, prepare.config["mean"], prepare.config["std"], seed=cell.seed)
+        clean = list(given.answered_by(victim.source.module))
     row: dict[str, Any] = {
         "bshub": __version__,
         "attack": victim.record["attack"],
         "rate": victim.record["rate"],
         "arch": victim.record["settings"]["arch"],
-        "clean_images": len(chosen) if cell.per_class else 0,
+        "clean_images": sum(len(labels) for _, labels in clean) if cell.per_class else 0,
         "before": before.as_dict(),
     }
     try:
         held = CleanImages(clean, pick_device("cpu"))
         row["bare_step_seconds"] = round(bare_step(victim.source.module, held, 128), 4)
         with costs() as cost:
-            defended, notes = method.run(victim.source.module, clean, cell.seed, cell.effort, device)
+            defended, notes = method.run(victim.source.module, given, cell.seed, cell.effort, device)
     except BshubError as error:
         return {**row, "failed": error.message}
     (after,) = _evaluate([defended], tests, victim, device)

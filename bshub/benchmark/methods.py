@@ -21,6 +21,7 @@ from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import DEFENSES, find_defense
 from bshub.pipeline import sanitize
 from bshub.settings import Settings
+from bshub.stand_ins import StandIns
 
 Batches = list[tuple[Tensor, Tensor]]
 OURS = {name: Settings(method=name) for name in ("bshub", "paper")}
@@ -39,13 +40,13 @@ class Method:
     options: dict[str, Any]
 
     def run(
-        self, model: nn.Module, clean: Batches, seed: int, effort: float, device: str = "auto"
+        self, model: nn.Module, clean: Batches | StandIns, seed: int, effort: float, device: str = "auto"
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Defend a copy of the model.
 
         Args:
             model: The network.
-            clean: Clean batches.
+            clean: Clean batches, or what stands in for them.
             seed: Of everything random.
             effort: Share of a baseline's published iterations; ours has no published ones and ignores it.
             device: Where.
@@ -61,6 +62,8 @@ class Method:
             return result.model, {**notes, "seconds": result.report["seconds"]}
         from bshub.device import pick_device
 
+        if isinstance(clean, StandIns):
+            raise UsageError(f"{self.name!r} needs clean images", hint="ask for one or more: --per-class 1")
         place = pick_device(device)
         defended = find_defense(self.name)(
             model.to(place), CleanImages(clean, place), DefenseSettings(seed=seed, effort=effort), **self.options

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bshub.benchmark.rows import on_weights
 from bshub.benchmark.summary import Group, Line, Row, groups, lines, rate
 
 DASH = "–"
@@ -19,7 +20,7 @@ def results_page(rows: Sequence[Row], command: str, pictures: Sequence[tuple[str
         pictures: (file beside the page, caption) of plots to show.
     """
     found = groups(rows)
-    counts = sorted({group.per_class for group in found} - {0})
+    counts = sorted({group.per_class for group in found if not on_weights(group.method)})
     parts = [_head(rows, command)]
     parts += [_models(found)]
     for per_class in counts or [0]:

@@ -19,7 +19,7 @@ class Cell:
         model: Name of the model's folder.
         weights: Start of the sha256 of its weights: a model trained anew is another model.
         method: As asked for, ``NAME`` or ``NAME:key=value,…``.
-        per_class: Clean images per class; 0 for methods that look at no image.
+        per_class: Clean images per class; 0: none were given.
         seed: Of the draw of clean images and of the method.
         effort: Share of the published iterations of a baseline.
         test_images: Number of test images.
@@ -36,6 +36,11 @@ class Cell:
     def key(self) -> str:
         """The same for the same measurement."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def on_weights(method: str) -> bool:
+    """Whether a method, as asked for, looks at no image: one row stands for all sample counts."""
+    return method.partition(":")[0] == "clp"
 
 
 class Rows:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bshub.benchmark.rows import on_weights
+
 Row = dict[str, Any]
 
 
@@ -114,7 +116,8 @@ def lines(found: Iterable[Group], per_class: int, models: Iterable[str] | None =
     wanted = None if models is None else set(models)
     by_method: dict[str, list[Group]] = {}
     for group in found:
-        if group.per_class in (0, per_class) and group.rows and (wanted is None or group.model in wanted):
+        joins = group.per_class == per_class or on_weights(group.method)
+        if joins and group.rows and (wanted is None or group.model in wanted):
             by_method.setdefault(group.method, []).append(group)
     result = []
     for method, members in by_method.items():

@@ -185,7 +185,7 @@ def confusion_chart(
         counts[pair] = counts.get(pair, 0) + 1
     rows = [
         {
-            "true class": names[label],
+            "class": names[label],
             "answer": names[answer],
             "images": number,
             "share": number / totals[label],
@@ -200,8 +200,8 @@ def confusion_chart(
         scale=alt.Scale(domain=order),
         axis=alt.Axis(labelAngle=-45, labelLimit=90, ticks=False, domain=False),
     )
-    y = alt.Y("true class:N", sort=order, scale=alt.Scale(domain=order), axis=alt.Axis(labelLimit=90))
-    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y, tooltip=["true class:N", "answer:N", "images:Q"])
+    y = alt.Y("class:N", sort=order, scale=alt.Scale(domain=order), axis=alt.Axis(labelLimit=90))
+    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y, tooltip=["class:N", "answer:N", "images:Q"])
     right = alt.condition("datum.right", alt.value(palette.accent), alt.value(palette.removed))
     cells = base.mark_rect(cornerRadius=3).encode(
         color=right, opacity=alt.Opacity("share:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=[0.12, 0.85]))

@@ -84,6 +84,7 @@ def report_page(evidence: Evidence, report: dict[str, Any], names: Sequence[str]
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}' 'unsafe-eval'",
         images=images_name(report),
+        passes=report.get("repair_passes", report["settings"]["finetune_epochs"]),
         fates=FATES if "shrink" in report else FATES[:-1],
     )
 

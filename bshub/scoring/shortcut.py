@@ -136,7 +136,7 @@ def standing_out(needs: list[float]) -> tuple[int, float]:
 def _race(feed: _Feed, family: str, classes: int) -> list[InvertedTrigger]:
     """The finalists, by ascending need."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
-    racers = [InvertedTrigger(family, target, feed.images) for target in targets]
+    racers = [InvertedTrigger(family, target, feed.images) for target in targets if feed.others(target)]
     for _ in range(RACE):
         for racer in racers:
             feed.step(racer, feed.half)
@@ -162,11 +162,14 @@ class _Feed:
         self._generator = torch.Generator().manual_seed(seed)
         self._indices: dict[int | None, Tensor] = {}
 
+    def others(self, target: int) -> int:
+        """How many images are not of that class; without any, nothing can be led to it."""
+        return int((self._labels != target).sum())
+
     def batch(self, target: int | None) -> Tensor:
-        """Up to ``BATCH`` images that are not of ``target``; of all classes if there are no others."""
+        """Up to ``BATCH`` images that are not of ``target``."""
         if target not in self._indices:
-            others = (self._labels.cpu() != (-1 if target is None else target)).nonzero()[:, 0]
-            self._indices[target] = others if len(others) else torch.arange(len(self._labels))
+            self._indices[target] = (self._labels.cpu() != (-1 if target is None else target)).nonzero()[:, 0]
         others = self._indices[target]
         chosen = others[torch.randperm(len(others), generator=self._generator)[:BATCH]]
         return augment(self.images[chosen.to(self.images.device)], self._generator)

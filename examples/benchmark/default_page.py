@@ -10,9 +10,14 @@ from bshub.benchmark.page import number
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
 
 CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
+DASH = "–"
 TOOK = 90.0  # ASR before, in percent, from which an attack is one
 ADAPTIVE = "adaptive-10"
-BARS = {10: ("3", "10", "2.0", "0.5"), 1: ("8", "25", "4.0", "1.0")}  # mean ASR, worst ASR, ACC lost, clean model
+BARS = {  # mean ASR, worst ASR, ACC lost, clean model
+    10: ("≤ 3", "≤ 10", "≤ 2.0", "≤ 0.5"),
+    1: ("≤ 8", "≤ 25", "≤ 4.0", "≤ 1.0"),
+    0: ("≤ 30", DASH, "≤ 3.0", "≤ 1.0"),
+}
 WORDS = {
     "bshub": "the default",
     "bshub:score=lipschitz": "no inverted trigger: filters scored by their weights, repair by distillation alone",
@@ -41,8 +46,7 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
     table = [*textwrap.wrap(text, 116), "", f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
     for count in wanted.per_class:
         mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
-        bar = BARS[count]
-        table.append(f"| {count} | **bar** | 12 | – | ≤ {bar[0]} | ≤ {bar[1]} | ≤ {bar[2]} | ≤ {bar[3]} | – | – |")
+        table.append(f"| {count or 'none'} | **bar** | 12 | – | {' | '.join(BARS[count])} | – | – |")
         for name, models in _sets(mine).items():
             table.append(_row(count, name, mine, models))
     table += ["", "### One part left out at a time", ""]
@@ -80,7 +84,7 @@ def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
 def _row(count: int, name: str, mine: Sequence[Group], models: set[str]) -> str:
     before = mean(g.mean(rate("before", "asr")) for g in mine if g.model in models)
     (line,) = lines([g for g in mine if g.model in models | {"clean"}], count)
-    return f"| {count} | {name} | {line.models} | {number(before)} | {_figures(line)} |"
+    return f"| {count or 'none'} | {name} | {line.models} | {number(before)} | {_figures(line)} |"
 
 
 def _figures(line: Line) -> str:

@@ -13,6 +13,7 @@ from default_page import CHOSEN_ON, default_tables
 
 from bshub.benchmark.page import drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
+from bshub.benchmark.rows import on_weights
 from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines
 
 DASH = "–"
@@ -43,7 +44,7 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
         write, wanted = by_number[key], experiments[key]
         methods = wanted.methods.split()
         mine = [g for g in found if g.model in wanted.models and g.method in methods]
-        mine = [g for g in mine if g.per_class in (0, *wanted.per_class)]
+        mine = [g for g in mine if g.per_class in wanted.per_class or on_weights(g.method)]
         measured = {g.model for g in mine}
         parts += ["", f"## {TITLES[key]}", ""]
         parts += write(mine, wanted) if mine else ["Not measured yet."]
