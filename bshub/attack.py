@@ -146,7 +146,7 @@ def attack_to_folder(
             if surrogate is not None:
                 return load_model(surrogate).module.to(where)
             net, _ = _build(wanted, names, settings.seed + 1)
-            net.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net.to(where)
             own = Run(train_set, 0, normalise, where, state / "surrogate", steps)
             train(net, none(setup), replace(schedule, epochs=-(-schedule.epochs // 2)), own, "surrogate")
             return net
@@ -156,7 +156,7 @@ def attack_to_folder(
             normalise, where, state, clean_model, steps,
         )  # fmt: skip
         attack = make(setup)
-        model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(where)
         history = train(model, attack, schedule, run)
         record = _record(settings, attack, source, train_set, history)
         record |= _measure(model, attack, test_set, normalise, settings.target, steps)

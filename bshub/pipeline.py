@@ -91,7 +91,7 @@ def sanitize(
     device = pick_device(settings.device)
     find_repair(settings.repair)
     defense = None if settings.method in OURS else find_defense(settings.method, OURS)
-    original = copy.deepcopy(model).to(device).float().eval()
+    original = _working_copy(model, device)
     clean = _images(original, loader, device, total, workers)
     # a baseline does what it does: nobody asks for a trigger then
     looking = replace(settings, score=WEIGHTS_ONLY_SCORE) if defense else settings
@@ -215,10 +215,15 @@ def scan(
     settings = settings or Settings()
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
-    original = copy.deepcopy(model).to(device).float().eval()
+    original = _working_copy(model, device)
     clean = _images(original, loader, device, total, workers) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps, workers)
+
+
+def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    # channels last may crash narrow convolutions in training (see layout_for), and pruned ones are narrow
+    return copy.deepcopy(model).to(device, memory_format=torch.contiguous_format).float().eval()  # type: ignore[call-overload]
 
 
 def _images(

@@ -241,3 +241,16 @@ def test_the_command_prints_a_table_and_writes_rows(victims: tuple[Path, Path], 
     wrong = bshub_command("bench", tmp_path, "--data", data, "-o", tmp_path / "other")
     assert wrong.exit_code == 2 and "bshub attack" in wrong.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_without_images_only_the_default_is_measured_beside_what_looks_at_weights(
+    victims: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    grid = grid_of(victims[:1], data, "bshub:finetune_epochs=1,score='lipschitz'", "clp", "ft", "paper", per_class=(0,))
+    rows = bench_to_folder(grid, tmp_path)
+    assert sorted(row["cell"]["method"].partition(":")[0] for row in rows) == ["bshub", "clp"]
+    assert all(row["clean_images"] == 0 and row["after"]["accuracy"]["n"] == 30 for row in rows)
+    page = (tmp_path / "results.md").read_text()
+    assert "## No clean images" in page and "| bshub:finetune_epochs=1,score='lipschitz' |" in page
+    from_images = lines(groups([*rows, {**rows[0], "cell": {**rows[0]["cell"], "per_class": 5}}]), 5)
+    assert {line.models for line in from_images} == {1}  # a row without images is no row of five a class

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import DEMO, bshub_command
 from safetensors.torch import load_file
+from torch import nn
 
 import bshub
 from bshub.attack import AttackSettings, attack_to_folder
 from bshub.errors import ImageDataError, OutputError, UsageError
 from bshub.evaluation.attacks.data import open_pictures
 from bshub.evaluation.attacks.state import kept, load_state, save_state
-from bshub.evaluation.attacks.training import augment, one_cycle
+from bshub.evaluation.attacks.training import augment, layout_for, one_cycle
 from bshub.evaluation.attacks.trigger import load_trigger
 from bshub.evaluation.metrics import evaluate_models
 from bshub.intake.folders import open_folder
@@ -312,3 +313,14 @@ def test_expensive_tensors_are_made_once(tmp_path: Path) -> None:
     assert kept(tmp_path / "x" / "a.safetensors", make)["a"].tolist() == [1, 1]
     assert kept(tmp_path / "x" / "a.safetensors", make)["a"].tolist() == [1, 1]
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(("narrow", "stride", "layout"), [
+    (4, 2, torch.contiguous_format), (4, 1, torch.channels_last), (16, 2, torch.channels_last),
+])  # fmt: skip
+def test_channels_last_is_left_alone_where_it_would_corrupt_memory(
+    narrow: int, stride: int, layout: torch.memory_format
+) -> None:
+    """oneDNN's issue 6035: a strided 1 x 1 convolution with few input channels."""
+    model = nn.Sequential(nn.Conv2d(3, narrow, 3), nn.Conv2d(narrow, 8, 1, stride=stride))
+    assert layout_for(model) is layout

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from bshub.benchmark.page import number
+from bshub.benchmark.page import drawn, number, rate_cell
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
 
 CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
@@ -42,13 +42,7 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         f"default's knobs were turned on ({', '.join(CHOSEN_ON)}); *others*: all that had no say. *took*: those of the "
         f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not."
     )
-    head = "images per class", "models", "n", "mean ASR before", "mean ASR", "worst ASR", "ACC lost", "clean model"
-    table = [*textwrap.wrap(text, 116), "", f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
-    for count in wanted.per_class:
-        mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
-        table.append(f"| {count or 'none'} | **bar** | 12 | – | {' | '.join(BARS[count])} | – | – |")
-        for name, models in _sets(mine).items():
-            table.append(_row(count, name, mine, models))
+    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class)]
     table += ["", "### One part left out at a time", ""]
     count = wanted.per_class[0]
     mine = [g for g in found if g.rows and g.per_class == count]
@@ -66,15 +60,58 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
     return table
 
 
+def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
+    """The bars on models none of which had a say, then every model.
+
+    Args:
+        found: Groups of the experiment.
+        wanted: The experiment.
+
+    Returns:
+        Lines of Markdown.
+    """
+    text = (
+        "timm's own stem (7 × 7 with stride 2, then a max pooling) and images of 64 pixels, else as above. None of "
+        "these models had a say in any knob. *none*: no image at all, 256 made-up ones stand in."
+    )
+    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", "### Every model", ""]
+    table += [
+        "| model | images per class | method | ACC before → after | ASR before → after | RA after | DER | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group in sorted((g for g in found if g.rows), key=lambda g: (g.model, g.per_class, g.method)):
+        before = group.rows[0]["before"]
+        acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
+        worth, seconds = group.mean(lambda row: row["der"]), group.mean(lambda row: row["seconds"])
+        table.append(
+            f"| {group.model} | {group.per_class or 'none'} | {group.method} | {acc} | {asr} | {drawn(group, 'ra')} | "
+            f"{number(worth, 3)} | {number(seconds)} |"
+        )
+    return table
+
+
+def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
+    head = "images per class", "models", "n", "mean ASR before", "mean ASR", "worst ASR", "ACC lost", "clean model"
+    table = [f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
+    for count in counts:
+        mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
+        if not mine:
+            continue
+        table.append(f"| {count or 'none'} | **bar** | 12 | – | {' | '.join(BARS[count])} | – | – |")
+        for name, models in _sets(mine).items():
+            table.append(_row(count, name, mine, models))
+    return table
+
+
 def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
-    """Name → models; the innocent one belongs to each."""
-    attacked = {g.model for g in mine if g.model not in ("clean", ADAPTIVE)}
+    """Name → attacked models."""
+    attacked = {g.model for g in mine if g.rows[0]["before"].get("asr")} - {ADAPTIVE}
     took = {g.model for g in mine if (g.mean(rate("before", "asr")) or 0) >= TOOK}
     others = attacked - set(CHOSEN_ON)
     sets = {
         "all attacked": attacked,
         "chosen on": attacked & set(CHOSEN_ON),
-        "others": others,
+        "others": others if others != attacked else set(),
         "others that took": others & took,
         "adaptive": {g.model for g in mine} & {ADAPTIVE},
     }
@@ -82,8 +119,10 @@ def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
 
 
 def _row(count: int, name: str, mine: Sequence[Group], models: set[str]) -> str:
+    """A set of attacked models, with the innocent ones for the column of their own."""
     before = mean(g.mean(rate("before", "asr")) for g in mine if g.model in models)
-    (line,) = lines([g for g in mine if g.model in models | {"clean"}], count)
+    innocent = {g.model for g in mine if not g.rows[0]["before"].get("asr")}
+    (line,) = lines([g for g in mine if g.model in models | innocent], count)
     return f"| {count or 'none'} | {name} | {line.models} | {number(before)} | {_figures(line)} |"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from default_page import CHOSEN_ON, default_tables
+from default_page import CHOSEN_ON, default_tables, held_out_tables
 
 from bshub.benchmark.page import drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
@@ -25,6 +25,7 @@ TITLES = {
     "5": "5. Other architectures, and an innocent model",
     "6": "6. Which statistic finds the backdoor",
     "7": "7. The default, and what each of its parts does",
+    "8": "8. Other models, and no image at all",
 }
 
 
@@ -33,6 +34,7 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
         "1": _detail, "2": _mu, "3": _methods, "4": _counts, "5": _detail, "7": default_tables,
+        "8": held_out_tables,
     }  # fmt: skip
     folder = out.with_suffix("")
     pictures = dict(draw_plots(rows, folder)) if rows else {}

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 CIFAR = "num_classes=10&stem=cifar"
 ARCHITECTURES = {  # {w}: the width that is asked for; the others are small by themselves
     "resnet18": f"timm/resnet18?{CIFAR}&channels={{w}},{{2w}},{{4w}},{{8w}}&input_size=32",
+    "resnet18-64px": "timm/resnet18?num_classes=10&channels={w},{2w},{4w},{8w}&input_size=64",  # timm's own stem
     "resnet34": f"timm/resnet34?{CIFAR}&channels={{w}},{{2w}},{{4w}},{{8w}}&input_size=32",
     "vgg11": "timm/vgg11_bn?num_classes=10&mlp_ratio=0.125&input_size=32",
     "densenet": f"timm/densenet121?{CIFAR}&growth_rate=8&block_config=6,12,12&input_size=32",
@@ -28,7 +29,7 @@ ARCHITECTURES = {  # {w}: the width that is asked for; the others are small by t
 
 def models(wanted: str | None = None) -> list[dict[str, str]]:
     """The lines of ``zoo.txt``, of one set or all."""
-    keys = ("set", "name", "arch", "attack", "rate", "seed")
+    keys = ("set", "name", "arch", "attack", "rate", "seed", "target")
     lines = [line.split() for line in (HERE / "zoo.txt").read_text().splitlines() if line and not line.startswith("#")]
     return [row for row in (dict(zip(keys, line, strict=True)) for line in lines) if wanted in (None, row["set"])]
 
@@ -66,8 +67,8 @@ def train(row: dict[str, str], data: Path, out: Path, width: int, epochs: int) -
     """One model, in a process of its own; label-consistent turns images against the clean control, if that is there."""
     command = [BSHUB, "attack", architecture(row["arch"], width)]
     command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", row["attack"]]
-    command += ["--rate", row["rate"], "--seed", row["seed"], "--epochs", str(epochs)]
-    clean = out / "clean"
+    command += ["--rate", row["rate"], "--seed", row["seed"], "--target", row["target"], "--epochs", str(epochs)]
+    clean = out / ("px64-clean" if row["arch"] == "resnet18-64px" else "clean")
     if row["attack"] == "label-consistent" and (clean / "training.json").exists():
         command += ["--surrogate", str(clean)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -29,6 +29,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 WARM_UP, START, END = 0.25, 0.04, 1e-4  # share of the steps; shares of the peak learning rate
 SHIFT = 1 / 16  # of the image's side, in each direction
 LEARNED_LR, LEARNED_BETAS = 0.01, (0.5, 0.9)  # arXiv 2010.08138, section 4.1
+VECTOR = 16  # float32 numbers in the widest vectors, AVX-512's
 WORTH = 0.9  # bf16 is used where a step takes less than this share of the time
 
 
@@ -89,6 +90,8 @@ def train(model: nn.Module, attack: Attack, schedule: Schedule, run: Run, label:
         OutputError: The kept state cannot be read.
         UsageError: The training diverged.
     """
+    layout = layout_for(model)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     optimizers = _optimizers(model, attack, schedule)
     parts = {"model": model} | ({"learned": attack.learned} if attack.learned is not None else {})
     found = load_state(run.folder)
@@ -103,7 +106,7 @@ def train(model: nn.Module, attack: Attack, schedule: Schedule, run: Run, label:
         for epoch in range(len(history), schedule.epochs):
             start = time.perf_counter()
             if precision == "auto":
-                precision = _choose_precision(model, run, schedule.batch_size)
+                precision = _choose_precision(model, run, schedule.batch_size, layout)
             generator = torch.Generator().manual_seed(seed_of(schedule.seed, 10_000 + epoch))
             torch.manual_seed(seed_of(schedule.seed, 20_000 + epoch))  # dropout and the like
             attack.begin(model, epoch)
@@ -115,7 +118,8 @@ def train(model: nn.Module, attack: Attack, schedule: Schedule, run: Run, label:
                     share = one_cycle((epoch * steps_each + step) / max(schedule.epochs * steps_each - 1, 1))
                     for group in optimizers[0].param_groups:
                         group["lr"] = schedule.lr * share
-                    total += _step(model, attack, optimizers, images, index, roles[index], generator, run, precision)
+                    how = run, precision, layout
+                    total += _step(model, attack, optimizers, images, index, roles[index], generator, *how)
                     advance(len(index))
             if not math.isfinite(total):
                 raise UsageError(f"the training diverged in epoch {epoch + 1}", hint="try a smaller --lr")
@@ -137,12 +141,13 @@ def _step(
     generator: torch.Generator,
     run: Run,
     precision: str,
+    layout: torch.memory_format,
 ) -> float:
     images = attack.stamp(images, roles, index, generator)  # (k, 3, H, W) uint8
     labels = torch.where(roles == POISONED, run.target, run.pictures.labels[index]).to(run.device)
     pixels = augment(images.to(run.device), generator).float() / 255
     pixels, extra = attack.live(pixels, roles, generator)
-    inputs = run.normalise(pixels).to(memory_format=torch.channels_last)
+    inputs = run.normalise(pixels).to(memory_format=layout)
     with _autocast(run.device, precision):
         logits = model(inputs)
     loss = F.cross_entropy(logits.float(), labels) + extra
@@ -152,6 +157,26 @@ def _step(
     for optimizer in optimizers:
         optimizer.step()
     return float(loss.detach())
+
+
+def layout_for(model: nn.Module) -> torch.memory_format:
+    """Channels last, which is about a quarter faster, where it is safe.
+
+    oneDNN's weight gradient of a 1 × 1 convolution with a stride writes past its buffer in that layout if there are
+    fewer input channels than its vectors are wide (its issue 6035): the process dies, or learns nonsense.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The layout for its weights and inputs.
+    """
+    narrow = (
+        module.kernel_size == (1, 1) and max(module.stride) > 1 and module.in_channels // module.groups < VECTOR
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    )
+    return torch.contiguous_format if any(narrow) else torch.channels_last
 
 
 def one_cycle(progress: float) -> float:
@@ -208,13 +233,13 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def _choose_precision(model: nn.Module, run: Run, size: int) -> str:
+def _choose_precision(model: nn.Module, run: Run, size: int, layout: torch.memory_format) -> str:
     """Time two steps in each precision on a copy of the very model; the networks disagree on what is faster."""
     if run.device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     count = min(size, len(run.pictures), 32)
     inputs = run.normalise(run.pictures.read(torch.arange(count)).to(run.device).float() / 255)
-    inputs = inputs.to(memory_format=torch.channels_last)
+    inputs = inputs.to(memory_format=layout)
     probe = copy.deepcopy(model).train()
     best = {"fp32": math.inf, "bf16": math.inf}
     for _ in range(3):
