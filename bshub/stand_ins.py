@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-COUNT = 256
+COUNT = 128
 LEAVES = 40  # per image; few enough that some of the first stay visible
 SMALLEST, LARGEST = 0.03, 0.53  # half the size of a leaf, of the image's side
 LUMINANCE, HUE = 0.06, 0.03  # deviation of the texture, the same in all channels and apart in each

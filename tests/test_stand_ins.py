@@ -136,7 +136,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_the_command_needs_no_images_and_what_it_writes_is_whole(unseen: tuple[Path, dict]) -> None:
     folder, report = unseen
-    assert report["clean_images"]["made_up"] and report["clean_images"]["n"] == 256
+    assert report["clean_images"]["made_up"] and report["clean_images"]["n"] == 128
     assert report["diagnosis"]["threshold"]["mu"] == 3.0  # of the weights alone: agreement chooses nothing there
     assert report["counts"]["removed"] and report["proof"]["holds"]
     assert any("--test-dir" in warning for warning in report["warnings"])
@@ -147,7 +147,7 @@ def test_nobody_who_reads_the_artifact_takes_agreement_for_accuracy(unseen: tupl
     folder, report = unseen
     card, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
     front, text = card.split("\n---\n", 1)
-    assert "accuracy" not in front and "256 made-up images" in text and "answers as before on made-up images" in text
+    assert "accuracy" not in front and "128 made-up images" in text and "answers as before on made-up images" in text
     assert "clean images used" not in text and "--clean-dir" not in text.split("How to make it")[1]
     assert "Answers on the made-up images" in page and "the true classes" not in page
     bill = json.loads((folder / "bom.cdx.json").read_text())

@@ -72,7 +72,7 @@ def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
     """
     text = (
         "timm's own stem (7 × 7 with stride 2, then a max pooling) and images of 64 pixels, else as above. None of "
-        "these models had a say in any knob. *none*: no image at all, 256 made-up ones stand in."
+        "these models had a say in any knob. *none*: no image at all, 128 made-up ones stand in."
     )
     table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", "### Every model", ""]
     table += [
