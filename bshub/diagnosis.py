@@ -20,7 +20,7 @@ from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
 from bshub.scoring.response import trigger_response
 from bshub.scoring.selection import MU_NOTHING, Threshold, choose_mu, flag, standardize
-from bshub.scoring.shortcut import Shortcut, find_shortcut, total_steps
+from bshub.scoring.shortcut import GAP, GAP_MADE_UP, Shortcut, find_shortcut, total_steps
 from bshub.scoring.shrink import Shrink, choose_share
 from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import find_score
@@ -154,7 +154,8 @@ def diagnose(
     shortcut = None
     if clean is not None and asks_trigger:
         with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
-            shortcut = find_shortcut(model, clean.images, clean.labels, settings.seed, advance)
+            least = GAP_MADE_UP if clean.made_up else GAP
+            shortcut = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least)
         name, statistics = _answered(name, model, pairing, clean, shortcut, statistics, warnings)
     score = find_score(name)
     with steps.step("threshold"):
