@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from bshub.benchmark.page import drawn, number, rate_cell
+from detail_page import detail_table
+
+from bshub.benchmark.page import number
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
 
 CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
@@ -74,20 +76,8 @@ def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
         "timm's own stem (7 × 7 with stride 2, then a max pooling) and images of 64 pixels, else as above. None of "
         "these models had a say in any knob. *none*: no image at all, 128 made-up ones stand in."
     )
-    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", "### Every model", ""]
-    table += [
-        "| model | images per class | method | ACC before → after | ASR before → after | RA after | DER | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for group in sorted((g for g in found if g.rows), key=lambda g: (g.model, g.per_class, g.method)):
-        before = group.rows[0]["before"]
-        acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
-        worth, seconds = group.mean(lambda row: row["der"]), group.mean(lambda row: row["seconds"])
-        table.append(
-            f"| {group.model} | {group.per_class or 'none'} | {group.method} | {acc} | {asr} | {drawn(group, 'ra')} | "
-            f"{number(worth, 3)} | {number(seconds)} |"
-        )
-    return table
+    bars = _bars(found, wanted.per_class)
+    return [*textwrap.wrap(text, 116), "", *bars, "", "### Every model", "", *detail_table(found, wanted)]
 
 
 def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:

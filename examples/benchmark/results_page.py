@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from default_page import CHOSEN_ON, default_tables, held_out_tables
+from detail_page import detail_table
 
 from bshub.benchmark.page import drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
@@ -33,7 +34,7 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     """The whole page; pictures go into the folder of the rows."""
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
-        "1": _detail, "2": _mu, "3": _methods, "4": _counts, "5": _detail, "7": default_tables,
+        "1": detail_table, "2": _mu, "3": _methods, "4": _counts, "5": detail_table, "7": default_tables,
         "8": held_out_tables,
     }  # fmt: skip
     folder = out.with_suffix("")
@@ -106,25 +107,6 @@ def _bar(row: Row) -> str:
     return "yes" if asr >= bar else f"no: {asr:.0f} < {bar}"
 
 
-def _detail(found: list[Group], wanted: Any) -> list[str]:
-    table = [
-        "| model | images per class | method | ACC before → after | ASR before → after | RA after | DER | s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for group in sorted(found, key=lambda g: (g.model, g.per_class, g.method)):
-        if not group.rows:
-            table.append(f"| {group.model} | {group.per_class or DASH} | {group.method} | {group.failed[0]} | | | | |")
-            continue
-        before = group.rows[0]["before"]
-        acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
-        der, seconds = group.mean(lambda row: row["der"]), group.mean(lambda row: row["seconds"])
-        table.append(
-            f"| {group.model} | {group.per_class or DASH} | {group.method} | {acc} | {asr} | {drawn(group, 'ra')} | "
-            f"{number(der, 3)} | {number(seconds)} |"
-        )
-    return table
-
-
 def _mu(found: list[Group], wanted: Any) -> list[str]:
     table = ["| model | μ | ACC after | ASR after | filters flagged |", "|---|---|---|---|---|"]
 
@@ -160,7 +142,7 @@ def _methods(found: list[Group], wanted: Any) -> list[str]:
         table.append(f"| {line.method} | {' | '.join(cells)} |")
     partial = sorted(method for method, models in have.items() if 0 < len(models & attacked) < most)
     table += ["", f"Measured on fewer models: {_listed(partial)}."] if partial else []
-    return [*table, "", "### Every model", "", *_detail(found, wanted)]
+    return [*table, "", "### Every model", "", *detail_table(found, wanted)]
 
 
 def _counts(found: list[Group], wanted: Any) -> list[str]:
