@@ -20,6 +20,7 @@ from bshub.progress import Steps
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
 from bshub.scoring.response import trigger_response
 from bshub.scoring.selection import MU_NOTHING, Threshold, choose_mu, flag, standardize
+from bshub.scoring.shifted import shifted_filters, shifted_words
 from bshub.scoring.shortcut import GAP, GAP_MADE_UP, Shortcut, find_shortcut, total_steps
 from bshub.scoring.shrink import Shrink, choose_share
 from bshub.scoring.statistics import PairStatistics, measure
@@ -31,6 +32,7 @@ from bshub.surgery.remove import silence
 RESPONSE_IMAGES = 256  # that the answer to an inverted trigger is averaged over
 FOREIGN = 0.5  # clean accuracy below which the images probably are not the model's
 WEIGHTS_ONLY_SCORE = "lipschitz"
+SHIFTED, SEEN_AT_ONCE = "bn-shift", 64  # the score where only batch norm remembers a trigger; images per run
 WEIGHTS_ONLY_MU = 3.0  # CLP's own value
 FAILS = 0.1  # success of an inverted trigger on the clean images, up to which it does not work any more
 
@@ -169,7 +171,7 @@ def diagnose(
                     "and preprocessing those of the model?"
                 )
         yardstick = _yardstick(model, clean, rate, settings)
-        threshold = _threshold(model, flow, pairing, scores, clean, yardstick, shortcut, settings)
+        threshold = _threshold(model, flow, pairing, scores, clean, yardstick, shortcut, name, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None
     if settings.shrink and not shrinks:
@@ -194,6 +196,12 @@ def _answered(
     if not shortcut.triggers:
         if not shortcut.searched:
             warnings.append(f"{shortcut.reason()}: the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
+        elif not clean.made_up:
+            seen = measure(model, pairing, iter(clean.batches(SEEN_AT_ONCE)))
+            count, most, bound = shifted_filters(seen, len(clean.labels))
+            if count:
+                warnings.append(shifted_words(count, most, bound))
+                return SHIFTED, seen
         return WEIGHTS_ONLY_SCORE, statistics
     images, labels = clean.images[:RESPONSE_IMAGES], clean.labels[:RESPONSE_IMAGES]
     response = trigger_response(model, pairing, images, labels, shortcut.triggers)
@@ -235,11 +243,12 @@ def _threshold(
     clean: CleanImages | None,
     yardstick: _Yardstick | None,
     shortcut: Shortcut | None,
+    name: str,
     settings: Settings,
 ) -> Threshold:
     if settings.mu != "auto":
         return Threshold(float(settings.mu), "given")
-    if shortcut is not None and shortcut.searched and not shortcut.triggers:
+    if shortcut is not None and shortcut.searched and not shortcut.triggers and name != SHIFTED:
         return Threshold(MU_NOTHING, shortcut.reason())
     triggers = shortcut.triggers if shortcut is not None else ()
     if clean is None or yardstick is None or (clean.made_up and not triggers):
