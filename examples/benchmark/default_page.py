@@ -42,7 +42,9 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "*bar*: what was asked for, as a mean over the twelve attacked models. *chosen on*: the models that the "
         f"default's knobs were turned on ({', '.join(CHOSEN_ON)}); *others*: all that had no say. *took*: those of the "
-        f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not."
+        f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not. "
+        "All rows of the default on this page up to here were measured before it had its second look, at what batch "
+        "norm remembers: where it found no trigger (sig, blended-1, wanet-1, clean) today's may do more."
     )
     table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class)]
     table += ["", "### One part left out at a time", ""]
@@ -73,8 +75,10 @@ def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
         Lines of Markdown.
     """
     text = (
-        "timm's own stem (7 × 7 with stride 2, then a max pooling) and images of 64 pixels, else as above. None of "
-        "these models had a say in any knob. *none*: no image at all, 128 made-up ones stand in."
+        "timm's own stem (7 × 7 with stride 2, then a max pooling) and images of 64 pixels, else as above. px64-clean "
+        "and a sinusoid's model that is not listed set two bounds (GAP_MADE_UP, CHANCE), and what the search without "
+        "images came to on px64-blended-10 had been seen by then; nothing else was chosen here. *none*: no image at "
+        "all, 128 made-up ones stand in. At 64 pixels WaNet did not take."
     )
     bars = _bars(found, wanted.per_class)
     return [*textwrap.wrap(text, 116), "", *bars, "", "### Every model", "", *detail_table(found, wanted)]
