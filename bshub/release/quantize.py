@@ -81,12 +81,7 @@ def quantize_onnx(path: Path, images: Tensor) -> None:
         try:
             quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
             quantization.quantize_static(
-                str(ready),
-                str(done),
-                Reader(),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=True,  # seven bits: with eight, sums of two products saturate on processors without VNNI
+                str(ready), str(done), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True
             )
         except Exception as error:  # the quantiser raises many kinds
             raise ExportError(
