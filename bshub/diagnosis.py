@@ -197,7 +197,8 @@ def _answered(
         if not shortcut.searched:
             warnings.append(f"{shortcut.reason()}: the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
         elif not clean.made_up:
-            seen = measure(model, pairing, iter(clean.batches(SEEN_AT_ONCE)))
+            streamed = all(found.bn_shift is not None for found in statistics.values())
+            seen = statistics if streamed else measure(model, pairing, iter(clean.batches(SEEN_AT_ONCE)))
             count, most, bound = shifted_filters(seen, len(clean.labels))
             if count:
                 warnings.append(shifted_words(count, most, bound))

@@ -63,6 +63,13 @@ def test_what_only_batch_norm_remembers_is_judged_by_it_and_said() -> None:
     assert any("missing in the clean ones" in warning for warning in result.report["warnings"])
 
 
+def test_the_second_look_and_useless_filters_go_together() -> None:
+    model = calibrated(remembers=5)
+    result = sanitize(model, batches_of(model), Settings(shrink=0.2, device="cpu"))
+    assert result.diagnosis.score == "bn-shift" and result.plan.flagged == {"conv": [5]}
+    assert result.report["shrink"]["asked"] == 0.2
+
+
 def test_a_network_that_remembers_nothing_else_is_left_alone() -> None:
     model = calibrated(remembers=None)
     result = sanitize(model, batches_of(model), Settings(device="cpu"))
