@@ -78,7 +78,8 @@ def sanitize_to_folder(
     wishes = replace(wishes or Wishes(), repository=push_to)
     wishes.check(source)
     own = _own_part(clean, workers) if clean else None
-    batches = own.batches(source.preprocessing, settings.batch_size) if own else _stand_ins(source, settings)
+    prepare, size = source.preprocessing, settings.batch_size
+    batches = own.batches(prepare, size) if own else StandIns.like(prepare, seed=settings.seed, batch_size=size)
     total = len(own) if own else None
     if output is None:
         diagnosis = scan(source.module, batches, settings, total=total, workers=workers, progress=steps)
@@ -160,13 +161,6 @@ def _check_names(settings: Settings) -> None:
     find_repair(settings.repair)
     if settings.method not in OURS:
         find_defense(settings.method, OURS)
-
-
-def _stand_ins(source: LoadedModel, settings: Settings) -> StandIns:
-    """Made-up images, normalised as the model expects."""
-    config = source.preprocessing.config
-    size, mean, std = source.preprocessing.input_size, config["mean"], config["std"]
-    return StandIns(size, mean, std, seed=settings.seed, batch_size=settings.batch_size)
 
 
 def _own_part(clean: ClassFolder, workers: Workers) -> ClassFolder:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bshub.intake.preprocessing import Preprocessing
+
 COUNT = 128
 LEAVES = 40  # per image; few enough that some of the first stay visible
 SMALLEST, LARGEST = 0.03, 0.53  # half the size of a leaf, of the image's side
@@ -47,6 +49,21 @@ class StandIns:
     ) -> None:
         self.input_size, self.count = input_size, count
         self._mean, self._std, self._seed, self._batch_size = mean, std, seed, batch_size
+
+    @classmethod
+    def like(cls, preprocessing: Preprocessing, *, seed: int = 0, batch_size: int = 32) -> StandIns:
+        """As a loaded model expects its images.
+
+        Args:
+            preprocessing: The model's own.
+            seed: Of everything random.
+            batch_size: Images per batch.
+
+        Returns:
+            The usual number of them.
+        """
+        config = preprocessing.config
+        return cls(preprocessing.input_size, config["mean"], config["std"], seed=seed, batch_size=batch_size)
 
     def __len__(self) -> int:
         """How many images."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,12 +82,17 @@ def coloured_images(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def train(model: nn.Module, steps: int = 60, seed: int = 0) -> nn.Module:
-    """A few steps on the coloured images, so that statistics and accuracy are those of a trained net."""
+def train(
+    model: nn.Module,
+    steps: int = 60,
+    seed: int = 0,
+    batch: Callable[[int], tuple[Tensor, Tensor]] = lambda seed: coloured_images(48, seed),
+) -> nn.Module:
+    """A few steps, on the coloured images or others, so that statistics and accuracy are those of a trained net."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.train()
     for step in range(steps):
-        images, labels = coloured_images(48, seed + step)
+        images, labels = batch(seed + step)
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()

@@ -11,10 +11,9 @@ import torch
 from conftest import DEMO, bshub_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from little_nets import Residual, same, snapshot
+from little_nets import Residual, same, snapshot, train
 from test_inversion import SIZE, TARGET, Planted
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bshub import StandIns, sanitize
 from bshub.clean import CleanImages
@@ -90,18 +89,15 @@ def stamped(images: Tensor) -> Tensor:
 
 def taught(backdoor: bool) -> nn.Module:
     """A small residual net, where a fifth of the images may have carried the trigger in training."""
-    torch.manual_seed(0)
-    model = Residual(6)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for step in range(120):
-        images, labels = pictures(96, step)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        images, labels = pictures(96, seed)
         if backdoor:
             images[::5], labels[::5] = stamped(images[::5]), TARGET
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return model.eval()
+        return images, labels
+
+    torch.manual_seed(0)
+    return train(Residual(6), steps=120, batch=batch)
 
 
 def test_a_backdoor_is_found_and_unlearned_without_a_single_image() -> None:

@@ -135,9 +135,10 @@ def cells_of(grid: Grid, victim: Victim, tests: int) -> list[Cell]:
     cells = []
     for seed in grid.seeds:
         for method in grid.methods:
-            for per_class in (0,) if on_weights(method) else grid.per_class:
-                if per_class or on_weights(method) or parse_method(method).name == "bshub":
-                    cells.append(Cell(victim.name, victim.weights, method, per_class, seed, grid.effort, tests))
+            unaided = parse_method(method).name == "bshub"  # may go without images, where none are asked for
+            counts = (0,) if on_weights(method) else [count for count in grid.per_class if count or unaided]
+            for per_class in counts:
+                cells.append(Cell(victim.name, victim.weights, method, per_class, seed, grid.effort, tests))
     return list(dict.fromkeys(cells))
 
 
@@ -204,7 +205,7 @@ def measure_cell(
         avoid = set(victim.record.get("poisoned", {}).get("files", []))
         given = clean = batches(draw(train, cell.per_class or UNSEEN, cell.seed, avoid, reserve), prepare, 128)
     else:
-        given = StandIns(prepare.input_size, prepare.config["mean"], prepare.config["std"], seed=cell.seed)
+        given = StandIns.like(prepare, seed=cell.seed)
         clean = list(given.answered_by(victim.source.module))
     row: dict[str, Any] = {
         "bshub": __version__,

@@ -16,7 +16,7 @@ from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
 from bshub.release.card_metadata import front_matter
 from bshub.release.loaders import loader_text, onnx_text
-from bshub.release.wording import images_name, rate_name
+from bshub.release.wording import images_name, rate_name, repair_passes
 from bshub.surgery.proof import Proof
 
 __all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
@@ -105,7 +105,7 @@ def model_card(
         threshold_reason=escape(threshold["reason"]),
         inversion=escape((report["diagnosis"].get("inversion") or {}).get("reason", "")),
         unlearned=report.get("trigger_success"),
-        passes=report.get("repair_passes", report["settings"]["finetune_epochs"]),
+        passes=repair_passes(report),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),
         more_filters=sum(len(filters) for _, filters in flagged[LAYERS_SHOWN:]),

@@ -32,7 +32,7 @@ from bshub.release.charts import (
     timeline_chart,
 )
 from bshub.release.evidence import FATES, Evidence, Layer
-from bshub.release.wording import images_name
+from bshub.release.wording import images_name, repair_passes
 
 PLOTTED_LAYERS = 20  # of the picture for the card
 CONFUSED = 12  # rows of the table that replaces a large matrix
@@ -84,7 +84,7 @@ def report_page(evidence: Evidence, report: dict[str, Any], names: Sequence[str]
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}' 'unsafe-eval'",
         images=images_name(report),
-        passes=report.get("repair_passes", report["settings"]["finetune_epochs"]),
+        passes=repair_passes(report),
         fates=FATES if "shrink" in report else FATES[:-1],
     )
 

@@ -1,4 +1,4 @@
-"""What the images that a run looked at are called: clean ones that were given, or stand-ins that were made up."""
+"""What card, page and bill of materials say of a run alike: its images, given or made up, and its repair."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def rate_name(report: Mapping[str, Any]) -> str:
     if made_up(report):
         return "answers as before on made-up images"
     return "accuracy on the clean images used"
+
+
+def repair_passes(report: Mapping[str, Any]) -> int:
+    """Passes that the repair took; reports from before it could take more than it was told state only those."""
+    return int(report.get("repair_passes", report["settings"]["finetune_epochs"]))
 
 
 def made_up(report: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Experiment 7: the default against the bars that were set for it, on models that had a say in it and on the others."""
+"""Experiments 7 and 8: the default against its bars, on models that had a say in it and on others."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 from detail_page import detail_table
 
-from bshub.benchmark.page import number
+from bshub.benchmark.page import DASH, number
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
 
 CHOSEN_ON = ("clean", "badnets-10", "badnets-1", "blended-10", "wanet-10")  # every knob was turned on these alone
-DASH = "–"
 TOOK = 90.0  # ASR before, in percent, from which an attack is one
 ADAPTIVE = "adaptive-10"
 BARS = {  # mean ASR, worst ASR, ACC lost, clean model
@@ -65,7 +64,7 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
 
 
 def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
-    """The bars on models none of which had a say, then every model.
+    """The bars on models of another kind, then every model.
 
     Args:
         found: Groups of the experiment.

@@ -12,12 +12,11 @@ from typing import Any
 from default_page import CHOSEN_ON, default_tables, held_out_tables
 from detail_page import detail_table
 
-from bshub.benchmark.page import drawn, number, rate_cell
+from bshub.benchmark.page import DASH, drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
 from bshub.benchmark.rows import on_weights
 from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines
 
-DASH = "–"
 TITLES = {
     "1": "1. BadNets 1 %, a handful of clean images",
     "2": "2. The threshold μ",

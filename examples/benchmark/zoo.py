@@ -68,9 +68,10 @@ def train(row: dict[str, str], data: Path, out: Path, width: int, epochs: int) -
     command = [BSHUB, "attack", architecture(row["arch"], width)]
     command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", row["attack"]]
     command += ["--rate", row["rate"], "--seed", row["seed"], "--target", row["target"], "--epochs", str(epochs)]
-    clean = out / ("px64-clean" if row["arch"] == "resnet18-64px" else "clean")
-    if row["attack"] == "label-consistent" and (clean / "training.json").exists():
-        command += ["--surrogate", str(clean)]
+    controls = [out / other["name"] for other in models() if (other["arch"], other["attack"]) == (row["arch"], "none")]
+    if row["attack"] == "label-consistent":
+        trained = [control for control in controls if (control / "training.json").exists()]
+        command += ["--surrogate", str(trained[0])] if trained else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     record = json.loads((out / row["name"] / "training.json").read_text())
     rates = record["evaluation"]
