@@ -22,7 +22,7 @@ from bshub.release.card import shown_reference
 from bshub.release.onnx import export_onnx, open_session, set_metadata
 from bshub.release.onnx_image import BOUND, compare_pictures, prepend_preprocessing
 from bshub.release.onnx_metadata import onnx_metadata
-from bshub.release.quantize import CALIBRATION_IMAGES, Quantization, judge, quantize_onnx
+from bshub.release.quantize import CALIBRATION_IMAGES, WEIGHT_BITS, Quantization, judge, quantize_onnx
 from bshub.settings import Settings
 
 PARITY_IMAGES = 16
@@ -152,17 +152,21 @@ def _quantize(
     source: LoadedModel, path: Path, images: Tensor, clean: ClassFolder, test: ClassFolder | None, budget: float
 ) -> Quantization:
     """Quantise the file in place and judge it; the float file is the other side."""
-    before = open_session(path)
-    quantize_onnx(path, images)
-    batches = (test or clean).batches(source.preprocessing, BATCH)
-    result = judge(before, open_session(path), batches, budget, len(images))
-    if not result.holds:
-        raise ExportError(
-            f"int8 costs too much: accuracy {result.before} becomes {result.after} on the "
-            f"{'test' if test else 'clean'} images, more than the {budget:g} points allowed",
-            hint="use the float file, or raise --budget",
-        )
-    return result
+    before, whole = open_session(path), path.read_bytes()
+    results = []
+    for bits in WEIGHT_BITS:
+        path.write_bytes(whole)
+        quantize_onnx(path, images, bits)
+        batches = (test or clean).batches(source.preprocessing, BATCH)
+        results.append(judge(before, open_session(path), batches, budget, len(images), bits))
+        if results[-1].holds:
+            return results[-1]
+    best = max(results, key=lambda result: result.after.value)
+    raise ExportError(
+        f"int8 costs too much: accuracy {best.before} becomes {best.after} on the "
+        f"{'test' if test else 'clean'} images, more than the {budget:g} points allowed",
+        hint="use the float file, or raise --budget",
+    )
 
 
 def _images(source: LoadedModel, clean: ClassFolder | None) -> tuple[list[Tensor], Tensor]:

@@ -67,7 +67,7 @@ def _show(report: dict[str, Any]) -> None:
     if int8 := report.get("int8"):
         rows += [
             ["accuracy, float", rate_text(int8["before"])],
-            ["accuracy, int8", rate_text(int8["after"])],
+            [f"accuracy, int8 ({int8['bits']} bits of a weight)", rate_text(int8["after"])],
             ["same answers", rate_text(int8["agreement"])],
         ]
     if inside := report.get("preprocessing"):
