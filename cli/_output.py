@@ -110,7 +110,10 @@ def say_shrink(report: dict[str, Any], filters: int, gone: str) -> None:
 
 
 def say_search(diagnosis: dict[str, Any]) -> None:
-    """What the search for a trigger came to; nothing where there was none, or where the threshold says it."""
+    """What batch norm remembers, and what the search for a trigger came to; not what the threshold says already."""
+    remembered = (diagnosis.get("shifted") or {}).get("reason")
+    if remembered and remembered != diagnosis["threshold"]["reason"]:
+        say(f"batch norm: {remembered}")
     inversion = diagnosis["inversion"]
     if inversion and inversion["reason"] != diagnosis["threshold"]["reason"]:
         say(f"search: {inversion['reason']}")

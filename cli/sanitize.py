@@ -141,7 +141,7 @@ def show_plan(report: dict[str, Any]) -> None:
         say(f"0 {of}: {threshold_text(diagnosis)}.")
     else:
         say(
-            f"{counts['flagged']} {of} lie more than {threshold['mu']:g} deviations above their layer "
+            f"{counts['flagged']} {of} score above {threshold['mu']:g} deviations from their layer's mean "
             f"({diagnosis['score']}; {threshold['reason']})."
         )
         say(

@@ -17,7 +17,7 @@ from bshub.graph.pairs import find_pairs
 from bshub.repair.finetune import FEWEST_STEPS, Schedule, epochs_of
 from bshub.repair.unlearning import LITTLE, held_against, stop_early
 from bshub.scoring.inversion import FAMILIES, HIGHEST, InvertedTrigger
-from bshub.scoring.response import activated_change, trigger_response
+from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.selection import MU_NOTHING
 from bshub.scoring.shortcut import GAP, SCREENED, _Feed, candidates, find_shortcut, standing_out, total_steps
 
@@ -112,7 +112,7 @@ def test_what_is_found_works_and_the_filter_behind_it_answers_most() -> None:
     found = find_shortcut(model, images, labels, seed=0)
     assert all(trigger.success(model, images, labels) > 0.5 for trigger in found.triggers)
     pairing = find_pairs(model, follow_channels(model, (3, SIZE, SIZE))[0])
-    response = trigger_response(model, pairing, images, labels, found.triggers)
+    response = strongest([trigger_response(model, pairing, images, labels, one) for one in found.triggers])
     assert response["conv"].shape == (FILTERS,) and int(response["conv"].argmax()) == 0
 
 
@@ -124,8 +124,11 @@ def test_the_answer_to_one_trigger_is_the_change_it_makes_in_units_of_the_layer(
     trigger.change = torch.randn(3, SIZE, SIZE)
     others = images[labels != TARGET]
     change = activated_change(model, pairing, others, trigger(others))["conv"]
-    response = trigger_response(model, pairing, images, labels, [trigger, trigger])["conv"]
-    torch.testing.assert_close(response, change / change.mean())
+    response = trigger_response(model, pairing, images, labels, trigger)
+    torch.testing.assert_close(response["conv"], change / change.mean())
+    louder = {"conv": response["conv"].flip(0) + 0.5}
+    assert torch.equal(strongest([response, louder])["conv"], response["conv"].maximum(louder["conv"]))
+    assert strongest([]) == {}
 
 
 def test_the_search_repeats_itself_and_leaves_the_network_alone() -> None:

@@ -103,6 +103,7 @@ def model_card(
         shrink=report.get("shrink"),
         shrink_reason=escape((report.get("shrink") or {}).get("reason", "")),
         threshold_reason=escape(threshold["reason"]),
+        shifted=escape((report["diagnosis"].get("shifted") or {}).get("reason", "")),
         inversion=escape((report["diagnosis"].get("inversion") or {}).get("reason", "")),
         unlearned=report.get("trigger_success"),
         passes=repair_passes(report),

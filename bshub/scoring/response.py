@@ -22,28 +22,36 @@ BATCH = 100
 
 
 def trigger_response(
-    model: nn.Module, pairing: Pairing, images: Tensor, labels: Tensor, triggers: Sequence[InvertedTrigger]
+    model: nn.Module, pairing: Pairing, images: Tensor, labels: Tensor, trigger: InvertedTrigger
 ) -> dict[str, Tensor]:
-    """TAC of every filter under inverted triggers, the largest of several, each in units of its layer's mean.
+    """TAC of every filter under an inverted trigger, in units of its layer's mean.
 
     Args:
         model: In evaluation mode.
         pairing: Its pairs.
         images: Clean, ``[n, c, h, w]``; those of a trigger's own class are left out.
         labels: ``[n]``.
-        triggers: At least one.
+        trigger: With its strength.
 
     Returns:
         Convolution → ``[out_channels]``.
     """
-    strongest: dict[str, Tensor] = {}
-    for trigger in triggers:
-        others = images[labels != trigger.target] if bool((labels != trigger.target).any()) else images
-        change = activated_change(model, pairing, others, trigger(others))
-        for name, value in change.items():
-            value = value / value.mean().clamp_min(1e-12)  # a stronger trigger must not drown another
-            strongest[name] = torch.maximum(strongest[name], value) if name in strongest else value
-    return strongest
+    others = images[labels != trigger.target] if bool((labels != trigger.target).any()) else images
+    change = activated_change(model, pairing, others, trigger(others))
+    return {name: value / value.mean().clamp_min(1e-12) for name, value in change.items()}
+
+
+def strongest(responses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The largest answer of each filter; in units of the layer's mean, so that no trigger drowns another.
+
+    Args:
+        responses: Of :func:`trigger_response`.
+
+    Returns:
+        Convolution → ``[out_channels]``; empty without any.
+    """
+    names = responses[0] if responses else ()
+    return {name: torch.stack([response[name] for response in responses]).amax(0) for name in names}
 
 
 def activated_change(model: nn.Module, pairing: Pairing, images: Tensor, stamped: Tensor) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class Shortcut:
         gaps: Family → next class's need over the first's.
         searched: Whether there were enough classes to compare.
         least: The gap from which a class was to be found.
+        doubted: Triggers that were found and are not believed, see ``confirmation.py``.
     """
 
     triggers: tuple[InvertedTrigger, ...]
@@ -49,6 +50,7 @@ class Shortcut:
     gaps: dict[str, float]
     searched: bool = True
     least: float = GAP
+    doubted: tuple[InvertedTrigger, ...] = ()
 
     @property
     def targets(self) -> list[int]:
@@ -59,10 +61,16 @@ class Shortcut:
         """In words."""
         if not self.searched:
             return f"with fewer than {MIN_CLASSES} classes none can stand out"
+        if self.doubted and not self.triggers:
+            return (
+                f"what was found does not pass through the filters that batch norm remembers: {self._of(self.doubted)}"
+            )
         if not self.triggers:
             return f"no class is reached more easily than the others (gaps {self._gaps()}; {self.least} would be found)"
-        parts = [f"{t.family} toward class {t.target} (gap {self.gaps[t.family]:.2f})" for t in self.triggers]
-        return "a small change of any image leads to one class: " + ", ".join(parts)
+        return f"a small change of any image leads to one class: {self._of(self.triggers)}"
+
+    def _of(self, triggers: tuple[InvertedTrigger, ...]) -> str:
+        return ", ".join(f"{t.family} toward class {t.target} (gap {self.gaps[t.family]:.2f})" for t in triggers)
 
     def _gaps(self) -> str:
         return ", ".join(f"{name} {gap:.2f}" for name, gap in self.gaps.items())
@@ -71,6 +79,7 @@ class Shortcut:
         """For reports."""
         return {
             "found": [{"family": t.family, "target": t.target, "strength": t.strength} for t in self.triggers],
+            "doubted": [{"family": t.family, "target": t.target} for t in self.doubted],
             "needs": {name: {str(c): round(v, 5) for c, v in need.items()} for name, need in self.needs.items()},
             "gaps": {name: round(gap, 3) for name, gap in self.gaps.items()},
             "reason": self.reason(),
