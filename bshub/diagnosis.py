@@ -65,6 +65,11 @@ class Diagnosis:
     shortcut: Shortcut | None = None
     shifted: Shifted | None = None
 
+    @property
+    def flags_shifted(self) -> bool:
+        """Whether filters were flagged because their batch norm remembers other images."""
+        return self.score == SHIFTED or (self.shortcut is not None and self.shortcut.apart)
+
     def most_suspicious(self, count: int) -> list[tuple[str, int, float]]:
         """The ``count`` flagged filters with the highest scores: (convolution, filter, score)."""
         found = [
@@ -81,7 +86,7 @@ class Diagnosis:
             "pairs": len(self.pairing.pairs),
             "unpaired": self.pairing.unpaired,
             "score": self.score,
-            "shifted": None if self.shifted is None else self.shifted.as_dict(),
+            "shifted": None if self.shifted is None else {**self.shifted.as_dict(), "flagged": self.flags_shifted},
             "inversion": None if self.shortcut is None else self.shortcut.as_dict(),
             "threshold": self.threshold.as_dict(),
             "counts": self.counts(self.plan),
@@ -169,9 +174,10 @@ def diagnose(
                 found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least)
                 shown = clean.images[:RESPONSE_IMAGES], clean.labels[:RESPONSE_IMAGES]
                 shortcut, response = confirm(model, pairing, *shown, found, shifted)
-            name, statistics = _answered(name, shortcut, shifted, response, statistics, warnings)
+            explained = _explained(shortcut, shifted, yardstick, clean)
+            name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)
     with steps.step("threshold"):
-        scores = _scores(name, pairing, statistics, shifted)
+        scores = _scores(name, pairing, statistics, shortcut, shifted)
         threshold = _threshold(scores, clean, yardstick, shortcut, shifted, name, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None
@@ -197,31 +203,48 @@ def _plan_of(shifted: Shifted, yardstick: Yardstick) -> RemovalPlan:
     return make_plan(yardstick.flow, yardstick.pairing, flag(yardstick.pairing.pairs, scores, MU_HIGH))
 
 
+def _explained(shortcut: Shortcut, shifted: Shifted | None, yardstick: Yardstick, clean: CleanImages) -> bool:
+    """Whether nothing is left to do once the filters that batch norm remembers are gone."""
+    if shifted is None or not shifted.count:
+        return False
+    if not shortcut.triggers:
+        return True
+    return not shortcut.apart and yardstick.disarms(_plan_of(shifted, yardstick), shortcut.triggers, clean)
+
+
 def _answered(
     name: str,
     shortcut: Shortcut,
-    shifted: Shifted | None,
+    explained: bool,
     response: dict[str, Tensor],
     statistics: dict[str, PairStatistics],
     warnings: list[str],
 ) -> tuple[str, dict[str, PairStatistics]]:
     """The score that can be used, and the statistics with how the filters answer to what was found."""
+    if explained:
+        return SHIFTED, statistics
     if not shortcut.searched:
         warnings.append(f"{shortcut.reason()}: the score {WEIGHTS_ONLY_SCORE!r} is used instead of {name!r}")
     if not shortcut.triggers:
-        return SHIFTED if shortcut.searched and shifted and shifted.count else WEIGHTS_ONLY_SCORE, statistics
+        return WEIGHTS_ONLY_SCORE, statistics
     return name, {layer: replace(found, tac=response[layer]) for layer, found in statistics.items()}
 
 
 def _scores(
-    name: str, pairing: Pairing, statistics: dict[str, PairStatistics], shifted: Shifted | None
+    name: str,
+    pairing: Pairing,
+    statistics: dict[str, PairStatistics],
+    shortcut: Shortcut | None,
+    shifted: Shifted | None,
 ) -> dict[str, Tensor]:
-    """Deviations from the layer's mean; filters that batch norm remembers stand above every μ."""
+    """Deviations from the layer's mean; with what batch norm remembers above every μ where that is something else."""
     if shifted is not None and name == SHIFTED:
         return {pair.name: shifted.suspiciousness(pair.name) for pair in pairing.pairs}
     score = find_score(name)
     scores = {pair.name: standardize(score.function(statistics[pair.name])) for pair in pairing.pairs}
-    return scores if shifted is None else {layer: shifted.raise_over(layer, found) for layer, found in scores.items()}
+    if shifted is None or shortcut is None or not shortcut.apart:
+        return scores
+    return {layer: shifted.raise_over(layer, found) for layer, found in scores.items()}
 
 
 def _threshold(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from bshub.clean import CleanImages
 from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import Pairing
+from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
 from bshub.scoring.selection import Threshold, choose_mu, flag
 from bshub.scoring.shortcut import Shortcut
@@ -54,6 +56,10 @@ class Yardstick:
     def kept(self, plan: RemovalPlan) -> float:
         """The share of the answers that the network gives without the filters of a plan."""
         return clean_accuracy(silence(self.model, plan), self.batches).value
+
+    def disarms(self, plan: RemovalPlan, triggers: Sequence[InvertedTrigger], clean: CleanImages) -> bool:
+        """Whether every inverted trigger fails on the network without the filters of a plan."""
+        return _fail(silence(self.model, plan), triggers, clean)
 
     def affords(self, plan: RemovalPlan) -> bool:
         """Whether no more is lost than may be."""
@@ -115,9 +121,13 @@ def affordable_mu(
 
     def fails(mu: float) -> bool:
         _, pruned = pruned_at(mu)
-        return all(trigger.success(pruned, clean.images, clean.labels) <= FAILS for trigger in triggers)
+        return _fail(pruned, triggers, clean)
 
     return choose_mu(accuracy_at, yardstick.before, yardstick.allowed, yardstick.measured, fails if triggers else None)
+
+
+def _fail(model: nn.Module, triggers: Sequence[InvertedTrigger], clean: CleanImages) -> bool:
+    return all(trigger.success(model, clean.images, clean.labels) <= FAILS for trigger in triggers)
 
 
 def affordable_shrink(

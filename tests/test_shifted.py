@@ -116,8 +116,9 @@ def test_a_trigger_and_what_batch_norm_remembers_are_both_removed() -> None:
 def test_a_trigger_that_a_tenth_of_the_training_images_carried_is_seen_by_both_looks() -> None:
     result = sanitize(calibrated(None, backdoor=True, boards=200), batches_of(calibrated(None)), Settings(device="cpu"))
     found, remembered = result.diagnosis.shortcut, result.diagnosis.shifted
-    assert result.plan.flagged == {"conv": [0]} and found is not None and found.triggers
+    assert result.plan.flagged == {"conv": [0]} and found is not None and found.triggers and not found.apart
     assert remembered is not None and int(remembered.shifts["conv"].argmax()) == 0 and remembered.count == 1
+    assert result.diagnosis.score == "bn-shift", "the cheaper of two explanations of one backdoor"
 
 
 def test_a_trigger_that_passes_by_what_batch_norm_remembers_is_not_believed_unless_its_gap_is_wide() -> None:
@@ -135,9 +136,10 @@ def test_a_trigger_that_passes_by_what_batch_norm_remembers_is_not_believed_unle
         narrow = replace(found, gaps=dict.fromkeys(found.gaps, gap))
         return confirm(model, pairing, images, labels, narrow, Shifted({"conv": shift}, 0.03, 0.03))
 
-    for gap, carrier in ((1.5, 0), (1.5, None), (UNDOUBTED, 5)):
+    for gap, carrier in ((1.5, 0), (1.5, None), (UNDOUBTED, 0), (UNDOUBTED, 5)):
         left, response = judged(gap, carrier)
         assert left.triggers == found.triggers and not left.doubted and int(response["conv"].argmax()) == 0
+        assert left.apart is (carrier == 5)
     left, response = judged(1.5, 5)
     assert not left.triggers and left.doubted == found.triggers and response == {}
     assert "does not pass through" in left.reason() and left.as_dict()["doubted"][0]["target"] == TARGET

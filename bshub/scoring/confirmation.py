@@ -2,9 +2,8 @@
 
 Where a backdoor was planted with enough images, both looks see it: the search inverts a trigger, and batch norm
 remembers the filters that answer to the real one. Then the inverted trigger excites these filters more than the others
-of their layers. A weakness that any network may have does not: of the cases that were looked at, true triggers stood
-0.7 to 1.7 deviations above the layers' means there, false ones below them. A wide gap counts by itself: there may be
-another backdoor, planted with fewer images.
+of their layers: 1.5 to 4.6 deviations above their means, in the models that this was chosen on. A weakness that any
+network may have mostly does not. A wide gap counts by itself: there may be another backdoor, planted with fewer images.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from bshub.scoring.selection import standardize
 from bshub.scoring.shifted import Shifted
 from bshub.scoring.shortcut import Shortcut
 
+PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = 2.25  # gap that innocent networks do not reach, on whatever images
 
 
@@ -43,15 +43,16 @@ def confirm(
         several: convolution → ``[out_channels]``, empty without a trigger.
     """
     kept: list[tuple[InvertedTrigger, dict[str, Tensor]]] = []
-    doubted = []
+    doubted, apart = [], False
     for trigger in shortcut.triggers:
         response = trigger_response(model, pairing, images, labels, trigger)
-        gap = shortcut.gaps[trigger.family]
-        if shifted is None or not shifted.count or gap >= UNDOUBTED or passes_through(shifted, response) > 0:
-            kept.append((trigger, response))
-        else:
+        passes_by = shifted is not None and shifted.count > 0 and passes_through(shifted, response) < PASSES
+        if passes_by and shortcut.gaps[trigger.family] < UNDOUBTED:
             doubted.append(trigger)
-    left = replace(shortcut, triggers=tuple(trigger for trigger, _ in kept), doubted=tuple(doubted))
+            continue
+        kept.append((trigger, response))
+        apart |= passes_by
+    left = replace(shortcut, triggers=tuple(trigger for trigger, _ in kept), doubted=tuple(doubted), apart=apart)
     return left, strongest([response for _, response in kept])
 
 

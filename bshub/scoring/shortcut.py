@@ -43,6 +43,7 @@ class Shortcut:
         searched: Whether there were enough classes to compare.
         least: The gap from which a class was to be found.
         doubted: Triggers that were found and are not believed, see ``confirmation.py``.
+        apart: Whether a believed one passes by the filters that batch norm remembers: something else was planted too.
     """
 
     triggers: tuple[InvertedTrigger, ...]
@@ -51,6 +52,7 @@ class Shortcut:
     searched: bool = True
     least: float = GAP
     doubted: tuple[InvertedTrigger, ...] = ()
+    apart: bool = False
 
     @property
     def targets(self) -> list[int]:
