@@ -21,7 +21,7 @@ from bshub.graph.trace import record
 from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
 from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
-from bshub.repair.unlearning import held_against, stop_early
+from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
 from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
 from bshub.stand_ins import StandIns
@@ -118,7 +118,8 @@ def sanitize(
         )
         before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         held = held_against(small, triggers, clean)
-        passes = epochs_of(schedule, len(clean.images), bool(triggers))
+        unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
+        passes = epochs_of(schedule, len(clean.images), unlearns)
         with steps.step("repair", passes) as advance:
             repair(
                 small,
@@ -128,11 +129,11 @@ def sanitize(
                 removal.plan.zeroed_after(),
                 settings.repair,
                 schedule,
-                triggers=triggers,
+                triggers=triggers if unlearns else (),
                 workers=workers,
                 progress=advance,
             )
-        share = stop_early(small, before_repair, triggers, clean)
+        share = 1.0 if unlearns else keep_disarmed(small, before_repair, triggers, clean)
         after = clean_accuracy(small, clean.batches(settings.batch_size))
         left = held_against(small, triggers, clean)
         unlearning = {"before": held, "after": left, "share": share} if triggers else None

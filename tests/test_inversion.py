@@ -15,11 +15,12 @@ from bshub.clean import CleanImages
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.repair.finetune import FEWEST_STEPS, Schedule, epochs_of
-from bshub.repair.unlearning import LITTLE, held_against, stop_early
+from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
 from bshub.scoring.inversion import FAMILIES, HIGHEST, InvertedTrigger
 from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.selection import MU_NOTHING
 from bshub.scoring.shortcut import GAP, SCREENED, _Feed, candidates, find_shortcut, standing_out, total_steps
+from bshub.settings import Settings
 
 TARGET, CLASSES, FILTERS, SIZE = 2, 6, 24, 16
 
@@ -188,23 +189,30 @@ def test_a_trigger_takes_enough_steps_whatever_the_number_of_images() -> None:
     assert epochs_of(Schedule(0, 0.1, 8, 0), 10, True) == 0
 
 
-def test_the_way_of_a_repair_ends_where_the_trigger_fails() -> None:
-    model = Planted(backdoor=True)
-    images, labels = clean_images(model)
-    triggers = find_shortcut(model, images, labels, seed=0).triggers
+def test_of_a_repair_as_much_is_kept_as_leaves_the_trigger_failing() -> None:
+    armed = Planted(backdoor=True)
+    images, labels = clean_images(armed)
+    triggers = find_shortcut(armed, images, labels, seed=0).triggers
     clean = CleanImages([(images, labels)], torch.device("cpu"))
-    repaired = Planted(backdoor=False)
+    pruned, repaired = Planted(backdoor=True), Planted(backdoor=True)
     with torch.no_grad():
-        for a, b in zip(repaired.parameters(), model.parameters(), strict=True):
-            a.copy_(b)
-        repaired.head.weight[TARGET, 0] = 0.0  # the whole way disarms it
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert held_against(model, triggers, clean) > LITTLE >= held_against(repaired, triggers, clean)
-    share = stop_early(repaired, before, triggers, clean)
-    assert 0 < share <= 1
-    expected = before["head.weight"][TARGET, 0] * (1 - share)
+        pruned.head.weight[TARGET, 0] = 0.0  # and the whole way back arms it again
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    assert held_against(repaired, triggers, clean) > tolerated(len(labels)) >= held_against(pruned, triggers, clean)
+    share = keep_disarmed(repaired, before, triggers, clean)
+    assert 0 <= share < 1 and held_against(repaired, triggers, clean) <= tolerated(len(labels))
+    expected = armed.head.weight[TARGET, 0] * share
     assert float(repaired.head.weight[TARGET, 0]) == pytest.approx(float(expected))
-    assert stop_early(repaired, before, [], clean) == 1
+    assert keep_disarmed(Planted(backdoor=True), before, [], clean) == 1
+
+
+def test_a_disarmed_network_is_repaired_without_unlearning() -> None:
+    armed = Planted(backdoor=True)
+    images, labels = clean_images(Planted(backdoor=False))
+    result = sanitize(armed, [(images, labels)], Settings(device="cpu"))
+    assert result.report["trigger_success"]["before"] <= tolerated(len(labels)) and result.report["repaired"]
+    assert result.report["repair_passes"] == 10 < epochs_of(Schedule(10, 0.1, 32, 0), len(labels), True)
+    assert result.report["trigger_success"]["after"] <= tolerated(len(labels))
 
 
 def test_a_class_that_all_images_show_is_not_taken_for_one_that_they_are_led_to() -> None:

@@ -1,8 +1,9 @@
-"""How much of a trigger is left in a network, and how far a repair has to go until too little is.
+"""How much of a trigger is left in a network, and how much of a repair may stay if none is to come back.
 
-Unlearning costs accuracy that a handful of clean images cannot show, since the repair has seen them. So of the way
-from the pruned weights to the repaired ones only as much is gone as the trigger asks for (weights between two fine
-tunings of one network work: Wortsman et al., *Robust fine-tuning of zero-shot models*, CVPR 2022).
+Where pruning has disarmed the triggers, the repair only has to bring accuracy back, by learning from the network as it
+was; but that one holds the backdoor, and some of it is learned again. So of the way from the pruned weights to the
+repaired ones as much is kept as leaves the triggers without success (weights between two fine tunings of one network
+work: Wortsman et al., *Robust fine-tuning of zero-shot models*, CVPR 2022).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.statistics import asking_only
 
 LITTLE = 0.15  # success of a trigger, sharpened against the network, that is no more than other classes would have
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of the way
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way
 TRIES = 8  # steps that each trigger gets against the network
 BATCH = 32
 
@@ -56,14 +57,14 @@ def tolerated(images: int) -> float:
     return LITTLE + (LITTLE * (1 - LITTLE) / max(images, 1)) ** 0.5
 
 
-def stop_early(
+def keep_disarmed(
     model: nn.Module, before: Mapping[str, Tensor], triggers: Sequence[InvertedTrigger], clean: CleanImages
 ) -> float:
-    """Go back toward the weights before the repair, as far as the triggers have no more success than is tolerated.
+    """Go back toward the weights before the repair, until the triggers have no more success than is tolerated.
 
     Args:
         model: The repaired network; its weights are changed.
-        before: Its ``state_dict`` before the repair.
+        before: Its ``state_dict`` before the repair, where the triggers fail.
         triggers: Inverted triggers.
         clean: The clean images.
 
@@ -71,14 +72,13 @@ def stop_early(
         The share of the way that was kept, 0 to 1.
     """
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    little = tolerated(len(clean.labels))
-    for share in SHARES if triggers else ():
+    for share in SHARES:
         between = {
             name: before[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
             for name, tensor in after.items()
         }
         model.load_state_dict(between)
-        if held_against(model, triggers, clean) <= little:
+        if held_against(model, triggers, clean) <= tolerated(len(clean.labels)):
             return share
-    model.load_state_dict(after)
-    return 1.0
+    model.load_state_dict(before)
+    return 0.0
