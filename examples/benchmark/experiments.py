@@ -57,7 +57,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "4": Experiment(ATTACKED, "bshub paper", (1, 5, 10, 25, 50)),
     "5": Experiment(("vgg-badnets-10", "densenet-badnets-10", "resnet34-badnets-10", "mobilenet-badnets-10", "clean"),
                     "bshub paper clp", (10,)),
-    "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1)),
+    "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
 }  # fmt: skip
 
