@@ -132,6 +132,27 @@ def test_it_says_in_words_what_left_and_how_the_limit_was_found(text: str, artif
     assert sum(int(n) for n in re.findall(r"\| (\d+) \|$", words, re.MULTILINE)) == counts["flagged"]
 
 
+@pytest.mark.parametrize(
+    ("score", "flagged", "said"),
+    [
+        ("bn-shift", True, "7 of them lie off their batch norm's statistics and were flagged"),
+        ("tac", True, "the mean of their layer, or lie off their batch norm's statistics, and were flagged"),
+        ("tac", False, "the mean of their layer and were flagged"),
+    ],
+)
+def test_it_says_what_batch_norm_remembers_and_whether_that_flagged_filters(
+    source: LoadedModel, artifact: Artifact, score: str, flagged: bool, said: str
+) -> None:
+    shifted = {"filters": 3, "chance": 0.03, "bound": 0.03, "reason": "three filters lie off", "flagged": flagged}
+    report = {
+        **artifact.report,
+        "diagnosis": {**artifact.report["diagnosis"], "score": score, "shifted": shifted},
+        "counts": {**artifact.report["counts"], "flagged": 7},
+    }
+    words = " ".join(render(source, report).split())
+    assert said in words and "the clean ones were held against them: three filters lie off." in words
+
+
 def test_the_three_ways_to_load_are_there(complete: Artifact) -> None:
     text = (complete.folder / "README.md").read_text(encoding="utf-8")
     ways = text.split("## How to load it")[1].split("## How to make it")[0]
