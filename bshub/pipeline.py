@@ -107,18 +107,21 @@ def sanitize(
             small = defense(original, clean, told).eval()
         removal = replace(removal, model=small)
     pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
-    warnings = list(diagnosis.warnings)
+    assert diagnosis.clean_accuracy is not None
+    before, warnings = diagnosis.clean_accuracy, list(diagnosis.warnings)
     triggers = diagnosis.shortcut.triggers if diagnosis.shortcut and not defense else ()
     pruned_off = removal.plan.flagged or removal.plan.spare
+    held = held_against(small, triggers, clean)
+    unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
+    if diagnosis.shortcut is not None and not unlearns and pruned.value >= before.value:
+        repaired = False  # nothing was lost, and what the network was before may teach the backdoor again
     unlearning, passes = None, 0
     if repaired:
         schedule = Schedule(
             settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
         )
         before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-        held = held_against(small, triggers, clean)
-        unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
         passes = epochs_of(schedule, len(clean.images), unlearns)
         with steps.step("repair", passes) as advance:
             repair(
@@ -143,15 +146,14 @@ def sanitize(
             small.load_state_dict(before_repair)
             repaired, after = False, pruned
             warnings.append("the repair made the model worse and was undone: a lower --finetune-lr may help")
-    assert diagnosis.clean_accuracy is not None
     if clean.made_up:
         warnings.append(
             f"no clean images were given: {clean.count} made-up ones stood in for them, on which no accuracy can be "
             "counted; measure the result with --test-dir before you use it"
         )
-    elif after.value < diagnosis.clean_accuracy.value - LOST:
+    elif after.value < before.value - LOST:
         warnings.append(
-            f"accuracy on the clean images fell from {100 * diagnosis.clean_accuracy.value:.0f} to "
+            f"accuracy on the clean images fell from {100 * before.value:.0f} to "
             f"{100 * after.value:.0f} %: a higher --mu{' or a lower --shrink' if settings.shrink else ''} removes less"
         )
     report = {
@@ -171,7 +173,7 @@ def sanitize(
         "clean_images": {
             "n": clean.count,
             "made_up": clean.made_up,
-            "accuracy_before": diagnosis.clean_accuracy.as_dict(),
+            "accuracy_before": before.as_dict(),
             "accuracy_after": after.as_dict(),
         },
         "parameters": {"before": _parameters(original), "after": _parameters(small)},

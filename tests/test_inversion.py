@@ -206,13 +206,18 @@ def test_of_a_repair_as_much_is_kept_as_leaves_the_trigger_failing() -> None:
     assert keep_disarmed(Planted(backdoor=True), before, [], clean) == 1
 
 
-def test_a_disarmed_network_is_repaired_without_unlearning() -> None:
+def test_a_disarmed_network_is_repaired_without_unlearning_and_only_where_something_was_lost() -> None:
     armed = Planted(backdoor=True)
     images, labels = clean_images(Planted(backdoor=False))
-    result = sanitize(armed, [(images, labels)], Settings(device="cpu"))
-    assert result.report["trigger_success"]["before"] <= tolerated(len(labels))
-    assert result.report["repair_passes"] == 10 < epochs_of(Schedule(10, 0.1, 32, 0), len(labels), True)
-    assert result.report["trigger_success"]["after"] <= tolerated(len(labels))
+    kept = sanitize(armed, [(images, labels)], Settings(device="cpu"))
+    assert 0 in kept.plan.flagged["conv"] and not kept.report["repaired"] and kept.report["repair_passes"] == 0
+    at_stake = {name: kept.report["clean_images"][f"accuracy_{name}"]["percent"] for name in ("before", "after")}
+    assert at_stake["after"] >= at_stake["before"]
+    harmed = sanitize(armed, [(images, labels)], Settings(mu=0.5, device="cpu"))
+    assert len(harmed.plan.flagged["conv"]) > len(kept.plan.flagged["conv"])
+    assert harmed.report["repair_passes"] == 10 < epochs_of(Schedule(10, 0.1, 32, 0), len(labels), True)
+    assert harmed.report["trigger_success"]["before"] <= tolerated(len(labels))
+    assert harmed.report["trigger_success"]["after"] <= tolerated(len(labels))
 
 
 def test_a_class_that_all_images_show_is_not_taken_for_one_that_they_are_led_to() -> None:
