@@ -206,18 +206,20 @@ def test_of_a_repair_as_much_is_kept_as_leaves_the_trigger_failing() -> None:
     assert keep_disarmed(Planted(backdoor=True), before, [], clean) == 1
 
 
-def test_a_disarmed_network_is_repaired_without_unlearning_and_only_where_something_was_lost() -> None:
+def test_a_disarmed_network_is_repaired_only_where_something_was_lost_and_unlearns_only_what_still_works() -> None:
     armed = Planted(backdoor=True)
     images, labels = clean_images(Planted(backdoor=False))
     kept = sanitize(armed, [(images, labels)], Settings(device="cpu"))
     assert 0 in kept.plan.flagged["conv"] and not kept.report["repaired"] and kept.report["repair_passes"] == 0
     at_stake = {name: kept.report["clean_images"][f"accuracy_{name}"]["percent"] for name in ("before", "after")}
     assert at_stake["after"] >= at_stake["before"]
-    harmed = sanitize(armed, [(images, labels)], Settings(mu=0.5, device="cpu"))
-    assert len(harmed.plan.flagged["conv"]) > len(kept.plan.flagged["conv"])
-    assert harmed.report["repair_passes"] == 10 < epochs_of(Schedule(10, 0.1, 32, 0), len(labels), True)
-    assert harmed.report["trigger_success"]["before"] <= tolerated(len(labels))
-    assert harmed.report["trigger_success"]["after"] <= tolerated(len(labels))
+    board = 1.0 - 2.0 * ((torch.arange(SIZE)[:, None] + torch.arange(SIZE)) % 2)
+    images, labels = images.clone(), labels.clone()
+    images[:2], labels[:2] = images[:2] + 2 * board, TARGET  # honest pictures that need the very filter
+    harmed = sanitize(armed, [(images, labels)], Settings(device="cpu"))
+    assert 0 in harmed.plan.flagged["conv"]
+    armed_still = harmed.report["trigger_success"]["before"] > tolerated(len(labels))
+    assert harmed.report["repair_passes"] == epochs_of(Schedule(10, 0.1, 32, 0), len(labels), armed_still) > 0
 
 
 def test_a_class_that_all_images_show_is_not_taken_for_one_that_they_are_led_to() -> None:
