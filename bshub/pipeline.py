@@ -31,6 +31,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 PROOF_IMAGES = 16
 WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
+SHOWS_LOSS = 50  # clean images; fewer do not show a loss of two points
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
 
 
@@ -114,7 +115,7 @@ def sanitize(
     held = held_against(small, triggers, clean)
     unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
-    if diagnosis.shortcut is not None and not unlearns and pruned.value >= before.value:
+    if diagnosis.shortcut is not None and not unlearns and before.n >= SHOWS_LOSS and pruned.value >= before.value:
         repaired = False  # nothing was lost, and what the network was before may teach the backdoor again
     unlearning, passes = None, 0
     if repaired:

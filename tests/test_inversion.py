@@ -208,7 +208,7 @@ def test_of_a_repair_as_much_is_kept_as_leaves_the_trigger_failing() -> None:
 
 def test_a_disarmed_network_is_repaired_only_where_something_was_lost_and_unlearns_only_what_still_works() -> None:
     armed = Planted(backdoor=True)
-    images, labels = clean_images(Planted(backdoor=False))
+    images, labels = clean_images(Planted(backdoor=False), count=64)
     kept = sanitize(armed, [(images, labels)], Settings(device="cpu"))
     assert 0 in kept.plan.flagged["conv"] and not kept.report["repaired"] and kept.report["repair_passes"] == 0
     at_stake = {name: kept.report["clean_images"][f"accuracy_{name}"]["percent"] for name in ("before", "after")}
