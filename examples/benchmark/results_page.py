@@ -165,6 +165,8 @@ def _counts(found: list[Group], wanted: Any) -> list[str]:
 def _evidence(evidence: Sequence[Row]) -> list[str]:
     names = list(evidence[0]["layers"][0]["spearman"])
     head = [
+        "Of an earlier training of these models, by the same recipes.",
+        "",
         "Mean over the layers of the rank correlation of each statistic with the trigger-activated change, and, in",
         f"brackets, of the share of a layer's 5 % most changed filters among its own top 5 %. "
         f"{evidence[0]['test_images']} test images, ten clean images per class.",
