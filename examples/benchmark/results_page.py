@@ -103,7 +103,7 @@ def _bar(row: Row) -> str:
     bar = 95 if row["rate"] >= 0.1 else 90 if row["attack"] == "badnets" else None
     if asr is None or bar is None:
         return DASH
-    return "yes" if asr >= bar else f"no: {asr:.0f} < {bar}"
+    return "yes" if asr >= bar else f"no: {asr:.1f} < {bar}"
 
 
 def _mu(found: list[Group], wanted: Any) -> list[str]:
