@@ -21,8 +21,9 @@ from bshub.benchmark.evidence import hit_rate, judge_statistics, spearman
 from bshub.benchmark.grid import Grid, cells_of, chosen_tests, open_victim, unseen
 from bshub.benchmark.methods import parse_method
 from bshub.benchmark.page import results_page
+from bshub.benchmark.plots import _trade
 from bshub.benchmark.rows import Cell, Rows
-from bshub.benchmark.summary import groups, lines
+from bshub.benchmark.summary import Group, groups, lines
 from bshub.errors import UsageError
 from bshub.intake.folders import open_folder
 
@@ -231,6 +232,17 @@ def test_the_change_that_the_trigger_makes_stands_beside_every_statistic(
     for layer in layers:
         assert all(-1.0001 <= value <= 1.0001 for value in layer.spearman.values())
         assert all(0 <= value <= 1 for value in layer.hits.values())
+
+
+def test_the_trade_is_shown_for_one_number_of_images() -> None:
+    def group(method: str, per_class: int) -> Group:
+        rates = {"accuracy": {"percent": 80.0}, "asr": {"percent": 90.0}}
+        return Group("m", method, per_class, 1.0, ({"before": rates, "after": rates},), ())
+
+    found = [group("bshub", 0), group("bshub", 1), group("bshub", 10), group("nad", 10), group("clp", 0)]
+    count, points = _trade([*found, group("bshub:mu=2", 10)])
+    assert count == 10
+    assert {(point["method"], point["per_class"]) for point in points} == {("bshub", 10), ("nad", 10), ("clp", 0)}
 
 
 def test_the_command_prints_a_table_and_writes_rows(victims: tuple[Path, Path], data: Path, tmp_path: Path) -> None:

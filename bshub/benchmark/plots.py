@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bshub.benchmark.rows import on_weights
 from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, rate
 
 WIDTH, HEIGHT = 520, 300
@@ -24,11 +26,10 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
     """
     found = [group for group in groups(rows) if group.rows and group.rows[0]["before"].get("asr")]
     drawn = []
-    points = _trade(found)
+    count, points = _trade(found)
     if points:
-        drawn.append(
-            _save(trade_chart(points), folder, "trade.png", "ASR after against accuracy lost, a point a model")
-        )
+        caption = f"ASR after against accuracy lost, a point a model; {count or 'no'} clean images per class"
+        drawn.append(_save(trade_chart(points), folder, "trade.png", caption))
     curve = _mu_curve(found)
     if len({point["mu"] for point in curve}) > 2:
         drawn.append(
@@ -46,8 +47,12 @@ def _save(chart: Any, folder: Path, name: str, caption: str) -> tuple[str, str]:
     return name, caption
 
 
-def _trade(found: Sequence[Group]) -> list[dict[str, Any]]:
-    return [
+def _trade(found: Sequence[Group]) -> tuple[int, list[dict[str, Any]]]:
+    """The number of images per class that most was measured with, and a point for each model and method."""
+    plain = [group for group in found if ":" not in group.method]
+    asked = Counter(group.per_class for group in plain if not on_weights(group.method))
+    most = asked.most_common(1)[0][0] if asked else 0
+    points = [
         {
             "model": group.model,
             "method": group.method,
@@ -55,9 +60,10 @@ def _trade(found: Sequence[Group]) -> list[dict[str, Any]]:
             "asr": group.mean(rate("after", "asr")),
             "drop": group.mean(accuracy_drop),
         }
-        for group in found
-        if ":" not in group.method
+        for group in plain
+        if group.per_class == most or on_weights(group.method)
     ]
+    return most, points
 
 
 def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
