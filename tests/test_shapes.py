@@ -17,9 +17,7 @@ aten = torch.ops.aten
 def described(result: Any) -> Any:
     if isinstance(result, tuple):
         return [described(item) for item in result]
-    # along an axis of one element no step is ever taken: what is stored there means nothing
-    steps = [step for size, step in zip(result.shape, result.stride(), strict=True) if size > 1]
-    return (tuple(result.shape), steps, result.dtype, result.device.type)
+    return (tuple(result.shape), result.stride(), result.dtype, result.device.type)
 
 
 def layouts() -> st.SearchStrategy[torch.Tensor]:
@@ -42,7 +40,7 @@ def layouts() -> st.SearchStrategy[torch.Tensor]:
 def test_one_operand(x: torch.Tensor, op: Any) -> None:
     found = shape_of(op, (x,))
     if found is None:
-        assert op in UNARY and not x.is_contiguous()
+        assert op in UNARY and x.stride() != torch.empty(x.shape).stride()
     else:
         assert described(found) == described(op(x))
 

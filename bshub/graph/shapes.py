@@ -39,7 +39,9 @@ def shape_of(func: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _same(x: Tensor, *options: Any) -> Tensor | None:
-    return torch.empty_like(x) if x.is_contiguous() else None
+    # along an axis of one element contiguous tensors may hold any step, of which some kernels make another
+    fresh = torch.empty_like(x) if x.is_contiguous() else None
+    return fresh if fresh is not None and fresh.stride() == x.stride() else None
 
 
 def _itself(x: Tensor, *options: Any) -> Tensor:
