@@ -112,9 +112,9 @@ def sanitize(
     before, warnings = diagnosis.clean_accuracy, list(diagnosis.warnings)
     triggers = diagnosis.shortcut.triggers if diagnosis.shortcut and not defense else ()
     pruned_off = removal.plan.flagged or removal.plan.spare
-    held = held_against(small, triggers, clean)
-    unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
+    held = held_against(small, triggers, clean) if repaired else 0.0
+    unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     if diagnosis.shortcut is not None and not unlearns and before.n >= SHOWS_LOSS and pruned.value >= before.value:
         repaired = False  # nothing was lost, and what the network was before may teach the backdoor again
     unlearning, passes = None, 0

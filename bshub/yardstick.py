@@ -83,14 +83,12 @@ def make_yardstick(
     Returns:
         The yardstick.
     """
-    batches = clean.batches(size)
-    if clean.made_up:
-        return Yardstick(model, flow, pairing, batches, rate.value, "agreement with the original", budget)
-    if rate.value >= FOREIGN:
-        return Yardstick(model, flow, pairing, batches, rate.value, "accuracy", budget)
-    with torch.no_grad():  # too low to lose much: hold on to the model's own answers instead
-        answered = [(images, model(images).argmax(1)) for images, _ in batches]
-    return Yardstick(model, flow, pairing, answered, 1.0, "agreement with the original", budget)
+    batches, before, accurate = clean.batches(size), rate.value, rate.value >= FOREIGN
+    if not clean.made_up and not accurate:  # too low to lose much: hold on to the model's own answers instead
+        with torch.no_grad():
+            batches, before = [(images, model(images).argmax(1)) for images, _ in batches], 1.0
+    measured = "accuracy" if accurate and not clean.made_up else "agreement with the original"
+    return Yardstick(model, flow, pairing, batches, before, measured, budget)
 
 
 def affordable_mu(

@@ -19,8 +19,7 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import ConvBN, Pairing, find_pairs
 from bshub.graph.trace import in_mode
 from bshub.intake.folders import ClassFolder
-from bshub.scoring.confirmation import confirm
-from bshub.scoring.response import activated_change
+from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.shortcut import find_shortcut
 from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import SCORES
@@ -82,7 +81,8 @@ def _with_response(
 ) -> dict[str, PairStatistics]:
     """The statistics with the answer to the inverted triggers, found on the same images; zero where none is found."""
     images, labels = (torch.cat(parts) for parts in zip(*clean, strict=True))
-    _, response = confirm(model, pairing, images, labels, find_shortcut(model, images, labels, seed), None)
+    triggers = find_shortcut(model, images, labels, seed).triggers
+    response = strongest([trigger_response(model, pairing, images, labels, trigger) for trigger in triggers])
     return {name: replace(s, tac=response.get(name, torch.zeros_like(s.spectral))) for name, s in statistics.items()}
 
 

@@ -19,10 +19,10 @@ from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.response import strongest, trigger_response
 from bshub.scoring.selection import standardize
 from bshub.scoring.shifted import Shifted
-from bshub.scoring.shortcut import Shortcut
+from bshub.scoring.shortcut import GAP_MADE_UP, Shortcut
 
 PASSES = 1.0  # deviations from which a trigger passes through these filters
-UNDOUBTED = 2.25  # gap that innocent networks do not reach, on whatever images
+UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
 
 
 def confirm(
