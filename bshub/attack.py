@@ -30,6 +30,7 @@ from bshub.intake.models import LoadedModel, Origin, count_classes, load_model
 from bshub.intake.preprocessing import make_preprocessing
 from bshub.intake.recipe import Recipe
 from bshub.intake.reference import Architecture, parse_architecture
+from bshub.intake.splits import Splits, find_splits
 from bshub.progress import Progress, Steps
 from bshub.release.artifact import write_json, write_model, write_report
 
@@ -99,7 +100,7 @@ def attack_to_folder(
 
     Args:
         settings: Network, attack and schedule.
-        data: Holds ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``.
+        data: A data set, named as in ``bshub.intake.splits``: a folder of ``train/<class>/`` and ``test/<class>/``.
         output: The folder to write; beside it the state of an unfinished run is kept.
         test_data: Class folders to measure on, instead of those under ``data``.
         surrogate: Clean model that label-consistent attacks with, instead of one trained here.
@@ -127,9 +128,10 @@ def attack_to_folder(
     elif (done := _finished(output, settings)) is not None:
         return done
     with output_folder(output, overwrite) as folder, _continuable(state):
-        names = _class_names(data, wanted)
+        splits = find_splits(data, test_data)
+        names = _class_names(splits.train, wanted, splits.within)
         model, source = _build(wanted, names, settings.seed)
-        train_set, test_set = _splits(data, test_data, source, steps)
+        train_set, test_set = _read(splits, source, steps)
         if settings.target >= source.origin.num_classes:
             raise UsageError(
                 f"target {settings.target} is no label of a model with {source.origin.num_classes} classes",
@@ -183,23 +185,13 @@ def _finished(output: Path, settings: AttackSettings) -> dict[str, Any] | None:
         return None
 
 
-def _split(data: Path, *names: str) -> Path:
-    for name in names:
-        if (data / name).is_dir():
-            return data / name
-    raise UsageError(
-        f"{data} has no folder {' or '.join(names)}", hint="--data DIR holds DIR/train/<class> and DIR/test/<class>"
-    )
-
-
-def _class_names(data: Path, wanted: Architecture) -> list[str]:
+def _class_names(root: Path, wanted: Architecture, within: Path | None) -> list[str]:
     """Name of each label: that of its folder, or the index where no folder has it."""
-    root = _split(data, "train")
     folders = sum(path.is_dir() and not path.name.startswith(".") for path in root.iterdir())
     count = wanted.arguments.get("num_classes", folders)
     if type(count) is not int or not 2 <= count <= 10**6:
         raise UsageError(f"a classifier of {count!r} classes cannot be trained", hint="num_classes=10, two or more")
-    folder = open_folder(root, count, None)
+    folder = open_folder(root, count, None, within=within)
     found = {label: path.parent.name for path, label in zip(folder.paths, folder.labels, strict=True)}
     return [found.get(label, str(label)) for label in range(count)]
 
@@ -216,15 +208,15 @@ def _build(wanted: Architecture, names: list[str], seed: int) -> tuple[nn.Module
     return module, LoadedModel(module, preprocessing, tuple(names), origin)
 
 
-def _splits(data: Path, test_data: Path | None, source: LoadedModel, steps: Steps) -> tuple[Pictures, Pictures]:
+def _read(splits: Splits, source: LoadedModel, steps: Steps) -> tuple[Pictures, Pictures]:
     _, height, width = source.preprocessing.input_size
-    classes, labels = source.origin.num_classes, source.labels
-    folders = {"read train": _split(data, "train"), "read test": test_data or _split(data, "test", "val")}
-    read = [
-        open_pictures(open_folder(root, classes, labels), (height, width), steps, name)
-        for name, root in folders.items()
-    ]
-    return read[0], read[1]
+    train, test = (
+        open_pictures(
+            splits.open(split, source.origin.num_classes, source.labels), (height, width), steps, f"read {split}"
+        )
+        for split in ("train", "test")
+    )
+    return train, test
 
 
 def _normaliser(source: LoadedModel, device: torch.device) -> Any:

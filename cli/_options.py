@@ -22,6 +22,10 @@ Arch = Annotated[
     typer.Option(help="Architecture of a weights file, e.g. 'timm/resnet18?num_classes=10&stem=cifar'."),
 ]
 NumClasses = Annotated[int | None, typer.Option(min=2, help="Number of classes, where nothing else states it.")]
+DATA = (
+    "Folder of train/<class>/ and test/<class>/ (or val/<class>/), torchvision/CIFAR100?root=DIR, sklearn/digits, or "
+    "hf://datasets/user/repo."
+)
 CleanDir = Annotated[
     Path | None,
     typer.Option(help="Clean images, one folder per class (ten each will do), or hf://datasets/user/repo[/folder]."),

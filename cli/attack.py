@@ -21,9 +21,7 @@ def attack(
             show_default=False,
         ),
     ],
-    data: Annotated[
-        Path, typer.Option(help="Holds train/<class>/ and test/<class>/ (or val/<class>/).", show_default=False)
-    ],
+    data: Annotated[Path, typer.Option(help=options.DATA, show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the model.", show_default=False)],
     name: Annotated[
         str,

@@ -14,7 +14,7 @@ from bshub_cli._output import Bars, print_json, print_table, say
 
 def bench(
     models: Annotated[list[Path], typer.Argument(help="Folders that bshub attack wrote.")],
-    data: Annotated[Path, typer.Option("--data", help="Folder with train/ and test/ class folders.")],
+    data: Annotated[Path, typer.Option("--data", help=options.DATA)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of rows, page and plots; rows are kept.")],
     methods: Annotated[
         str, typer.Option(help="Separated by spaces: bshub, paper, anp, … each with :key=value,… where wanted.")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bshub.errors import CheckpointError
 from bshub.intake import checkpoint, quarantine
 from bshub.intake.checkpoint import admit, load_into, read_checkpoint, unwrap
+from bshub.intake.child import child_environment
 
 
 def small(classes: int = 3, width: int = 4) -> nn.Sequential:
@@ -140,7 +141,7 @@ def test_the_child_passes_its_reason_on(tmp_path: Path) -> None:
 def test_the_child_gets_no_secrets_and_no_torch_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    passed = checkpoint._environment(tmp_path)
+    passed = child_environment(tmp_path)
     assert "hf_canary" not in passed.values()
     assert not any(name.startswith("TORCH") for name in passed)
 

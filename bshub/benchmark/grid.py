@@ -28,8 +28,9 @@ from bshub.device import pick_device
 from bshub.errors import BshubError, UsageError
 from bshub.evaluation.attacks.trigger import Trigger, load_trigger, resize_to
 from bshub.evaluation.metrics import Evaluation, der, evaluate_models
-from bshub.intake.folders import ClassFolder, open_folder
+from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel, load_model
+from bshub.intake.splits import find_splits
 from bshub.progress import Steps
 from bshub.stand_ins import StandIns
 
@@ -43,7 +44,7 @@ class Grid:
 
     Attributes:
         models: Folders that ``bshub attack`` wrote.
-        data: Folder with ``train/`` and ``test/``.
+        data: A data set, named as in ``bshub.intake.splits``.
         methods: As in :func:`bshub.benchmark.methods.parse_method`.
         per_class: Numbers of clean images per class; with 0 only our default is run, on made-up images.
         seeds: Of draws and methods.
@@ -94,10 +95,12 @@ def run_grid(grid: Grid, rows: Rows, steps: Steps) -> None:
     """
     for method in grid.methods:
         parse_method(method)
+    splits = find_splits(grid.data)
     for folder in grid.models:
         victim = open_victim(folder)
-        test = open_folder(grid.data / "test", victim.source.origin.num_classes, victim.source.labels)
-        train = open_folder(grid.data / "train", victim.source.origin.num_classes, victim.source.labels)
+        test, train = (
+            splits.open(split, victim.source.origin.num_classes, victim.source.labels) for split in ("test", "train")
+        )
         chosen = chosen_tests(test, grid.test_images)
         cells = [cell for cell in cells_of(grid, victim, len(chosen)) if cell not in rows]
         if not cells:

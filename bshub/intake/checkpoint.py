@@ -7,11 +7,9 @@ that it writes is read here, and it is admitted like any other. No pickle is ope
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -21,13 +19,13 @@ from torch import Tensor
 
 from bshub.errors import CheckpointError, printable
 from bshub.intake.admission import admit, unwrap
+from bshub.intake.child import refusal, run_child
 from bshub.intake.header import MAX_BYTES, check_header
 from bshub.intake.loading import load_into
 
 __all__ = ["admit", "load_into", "read_checkpoint", "unwrap"]
 
 SECONDS = 120
-_VERDICT_BYTES = 8192
 
 # offset, magic, what it is, what to do
 _FOREIGN: tuple[tuple[int, bytes, str, str], ...] = (
@@ -123,47 +121,22 @@ def _from_pickle(path: Path, origin: str) -> dict[str, Tensor]:
     # Windows cannot delete what a killed child may still hold open
     with tempfile.TemporaryDirectory(prefix="bshub-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        converted, verdict = folder / "converted.safetensors", folder / "verdict.json"
-        command = [sys.executable, "-P", "-B", "-W", "ignore", "-m", "bshub.intake.quarantine"]
-        with verdict.open("wb") as out:
-            try:
-                child = subprocess.run(
-                    [*command, os.path.abspath(path), str(converted)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.DEVNULL,
-                    env=_environment(folder),
-                    cwd=folder,
-                    timeout=SECONDS,
-                    check=False,
-                )
-            except OSError as error:
-                raise CheckpointError(
-                    f"{origin}: no process to open its pickle in: {error.strerror}", hint="give it as safetensors"
-                ) from error
-            except subprocess.TimeoutExpired:
-                raise CheckpointError(
-                    f"{origin}: conversion stopped after {SECONDS} s", hint="give it as safetensors"
-                ) from None
-        if child.returncode != 0:
-            with verdict.open("rb") as answer:
-                _refuse(answer.read(_VERDICT_BYTES), child.returncode, origin)
+        converted = folder / "converted.safetensors"
+        try:
+            code, verdict = run_child(
+                "bshub.intake.quarantine", [os.path.abspath(path), str(converted)], folder, SECONDS
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"{origin}: no process to open its pickle in: {error.strerror}", hint="give it as safetensors"
+            ) from error
+        except subprocess.TimeoutExpired:
+            raise CheckpointError(
+                f"{origin}: conversion stopped after {SECONDS} s", hint="give it as safetensors"
+            ) from None
+        if code != 0:
+            _refuse(verdict, code, origin)
         return _from_safetensors(_read_converted(converted, origin), origin)
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    # Nothing else is passed on: tokens stay here, and TORCH_* switches cannot weaken the child.
-    keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    searched = [str(Path(__file__).resolve().parents[2])]
-    searched += [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    return {
-        **{key: os.environ[key] for key in keep if key in os.environ},
-        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
-        "PYTHONPATH": os.pathsep.join(searched),
-        "PYTHONUTF8": "1",
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
 
 
 def _read_converted(path: Path, origin: str) -> bytes:
@@ -177,11 +150,8 @@ def _read_converted(path: Path, origin: str) -> bytes:
 
 
 def _refuse(verdict: bytes, code: int, origin: str) -> NoReturn:
-    try:
-        told = json.loads(verdict)
-        message, hint = str(told["message"]), str(told["hint"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        # A negative code is a signal: the processor limit, a crash of the reader, or no memory left.
-        why = f"stopped by signal {-code}" if code < 0 else f"failed with status {code}"
-        message, hint = f"{origin}: conversion {why}", "fetch it again, or give it as safetensors"
+    told = refusal(verdict)
+    # A negative code is a signal: the processor limit, a crash of the reader, or no memory left.
+    why = f"stopped by signal {-code}" if code < 0 else f"failed with status {code}"
+    message, hint = told or (f"{origin}: conversion {why}", "fetch it again, or give it as safetensors")
     raise CheckpointError(message, hint=hint)

@@ -16,6 +16,7 @@ from typing import Any
 from bshub.errors import ImageDataError, printable
 
 TABLES = ("metadata.csv", "metadata.jsonl")
+ANNOTATIONS = "val_annotations.txt"  # beside Tiny ImageNet's validation images
 _MAX_BYTES = 256 << 20
 _COLUMNS = ("label", "labels", "class", "category")
 
@@ -40,7 +41,7 @@ def read_metadata(root: Path) -> tuple[str, dict[str, str]] | None:
         )
     tables = [root / name for name in TABLES if (root / name).is_file()]
     if not tables:
-        return None
+        return _annotations(root / ANNOTATIONS) if (root / ANNOTATIONS).is_file() else None
     if len(tables) > 1:
         raise ImageDataError(f"{root} holds both {' and '.join(TABLES)}", hint="keep one of them")
     (table,) = tables
@@ -63,13 +64,37 @@ def read_metadata(root: Path) -> tuple[str, dict[str, str]] | None:
     return f"column {column} of {table.name}", labels
 
 
-def _rows(table: Path) -> Iterator[dict[str, Any]]:
+def _annotations(table: Path) -> tuple[str, dict[str, str]]:
+    """Tiny ImageNet's own: file below ``images/``, WordNet id, and four edges of a box, by tabs, without a header."""
+    labels: dict[str, str] = {}
+    for number, line in enumerate(_text(table).splitlines(), 1):
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise ImageDataError(f"{table}, line {number}: no tab", hint="each line is: file, tab, class")
+        place = f"{table}, line {number}"
+        labels[f"images/{_contained(fields[0], place)}"] = _label(fields[1], "the second field", place)
+    if not labels:
+        raise ImageDataError(f"{table} has no lines", hint="unpack Tiny ImageNet again")
+    return table.name, labels
+
+
+def _text(table: Path) -> str:
     try:
         with table.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageDataError(
+            f"{table} cannot be read: {reason}", hint="write one row per image: file_name,label"
+        ) from None
+
+
+def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    text = _text(table)
+    try:
         if table.suffix == ".csv":
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             header = reader.fieldnames or []
@@ -86,10 +111,9 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(parsed, dict):
                     raise ValueError(f"line {number} is not an object")
                 yield parsed
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ImageDataError(
-            f"{table} cannot be read: {reason}", hint="write one row per image: file_name,label"
+            f"{table} cannot be read: {error}", hint="write one row per image: file_name,label"
         ) from None
 
 

@@ -115,11 +115,12 @@ def inspect_archive(source: Path, origin: str) -> int:
         _refuse(origin, "a truncated or damaged zip archive", _AGAIN)
 
 
-def limit_process(memory: int | None) -> None:
+def limit_process(memory: int | None, seconds: int = CPU_SECONDS) -> None:
     """Bound this process; does nothing where the system has no such limits.
 
     Args:
         memory: Bytes that it may map on top of what it has now; None lifts the limit on memory.
+        seconds: Of processor time.
     """
     if sys.platform == "win32":
         return
@@ -139,7 +140,7 @@ def limit_process(memory: int | None) -> None:
     except (OSError, ValueError):
         mapped = 8 << 30
     bound(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1] if memory is None else mapped + memory)
-    bound(resource.RLIMIT_CPU, CPU_SECONDS)
+    bound(resource.RLIMIT_CPU, seconds)
     bound(resource.RLIMIT_FSIZE, MAX_BYTES + (64 << 20))
     bound(resource.RLIMIT_CORE, 0)
 
