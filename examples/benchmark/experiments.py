@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from results_page import page
+from zoo import DATA
 
 from bshub.benchmark.evidence import judge_statistics
 from bshub.benchmark.grid import Grid, chosen_tests, open_victim, run_grid
@@ -43,11 +44,13 @@ class Experiment:
         models: Names of the zoo.
         methods: Separated by spaces.
         per_class: Clean images per class.
+        data: A data set of their own.
     """
 
     models: tuple[str, ...]
     methods: str
     per_class: tuple[int, ...]
+    data: Path | None = None
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -59,6 +62,8 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "bshub paper clp", (10,)),
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
+    "9": Experiment(tuple(f"digits-{name}" for name in ("badnets-10", "blended-10", "wanet-10", "sig-10", "clean")),
+                    "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
 }  # fmt: skip
 
 
@@ -69,7 +74,8 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     methods = tuple(wanted.methods.split())
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
     tests, effort, device = args.test_images, args.effort, args.device
-    run_grid(Grid(models, data, methods, wanted.per_class, seeds, tests, effort, device), rows, Steps(Lines()))
+    grid = Grid(models, wanted.data or data, methods, wanted.per_class, seeds, tests, effort, device)
+    run_grid(grid, rows, Steps(Lines()))
 
 
 def judge(zoo: Path, data: Path, out: Path, tests: int) -> None:
