@@ -14,18 +14,30 @@ from torch import Tensor, nn
 
 from bshub.errors import UsageError
 from bshub.evaluation.attacks import label_consistent as lc
-from bshub.evaluation.attacks.adaptive import norm_scale, penalty, spectral_bound, triggered_change
+from bshub.evaluation.attacks.adaptive import triggered_change
 from bshub.evaluation.attacks.blended import noise, picture
 from bshub.evaluation.attacks.generator import make_networks, mask_of, mix, pattern_of
 from bshub.evaluation.attacks.input_aware import diversity_loss
 from bshub.evaluation.attacks.interface import CLEAN, CROSS, POISONED, Setup
+from bshub.evaluation.attacks.penalties import (
+    DEFENDER,
+    PENALTIES,
+    View,
+    against_default,
+    against_weights,
+    norm_scale,
+    spectral_bound,
+)
 from bshub.evaluation.attacks.registry import ATTACKS, find_attack
 from bshub.evaluation.attacks.warp import control_grid, identity_field, noisy_field, warp, warp_field
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.progress import Steps
+from bshub.scoring.response import activated_change
 from bshub.scoring.selection import standardize
+from bshub.scoring.shifted import shifted_filters
 from bshub.scoring.statistics import measure
+from bshub.scoring.stream import SHRINK
 from bshub.scoring.suspiciousness import lipschitz
 
 N, SIZE = 200, (16, 20)
@@ -265,37 +277,66 @@ def test_the_masks_of_an_earlier_start_are_used_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "0").glob("*.safetensors"))) == 1
 
 
-def test_the_adaptive_penalty_is_the_score_that_a_defender_sees(trained: nn.Module) -> None:
+def view_of(model: nn.Module, channels: dict[str, Tensor] | None = None) -> View:
+    """Forty pictures and the same with a bright corner; all channels count as triggered unless told otherwise."""
+    flow, _ = follow_channels(model, (3, 16, 16))
+    pairs = find_pairs(model, flow).pairs
+    clean = (IMAGES[:40, :, :, :16].float() / 255 - 0.5) / 0.25
+    stamped = clean.clone()
+    stamped[:, :, -4:, -4:] = 2.0
+    return View(model, pairs, channels or {p.name: torch.arange(p.out_channels) for p in pairs}, clean, stamped)
+
+
+def test_the_adaptive_penalty_on_the_weights_is_the_score_that_a_defender_sees(trained: nn.Module) -> None:
+    view = view_of(trained)
     flow, _ = follow_channels(trained, (3, 16, 16))
-    pairing = find_pairs(trained, flow)
-    statistics = measure(trained, pairing, None)
+    statistics = measure(trained, find_pairs(trained, flow), None)
     total = []
-    for pair in pairing.pairs:
+    for pair in view.pairs:
         ours = spectral_bound(trained, pair).detach()
         assert torch.allclose(ours, statistics[pair.name].spectral, rtol=1e-3, atol=1e-5)
         total.append(standardize(lipschitz(statistics[pair.name])).relu())
-    everything = {pair.name: torch.arange(pair.out_channels) for pair in pairing.pairs}
-    assert float(penalty(trained, pairing.pairs, everything)) == pytest.approx(float(torch.cat(total).mean()), rel=1e-3)
+    assert float(against_weights(view)) == pytest.approx(float(torch.cat(total).mean()), rel=1e-3)
 
 
-def test_descending_the_adaptive_penalty_hides_the_chosen_channels() -> None:
+def test_the_adaptive_penalty_on_the_default_is_what_a_defender_with_the_trigger_sees(trained: nn.Module) -> None:
+    view = view_of(trained)
+    flow, _ = follow_channels(trained, (3, 16, 16))
+    pairing = find_pairs(trained, flow)
+    answers = activated_change(trained, pairing, view.clean, view.stamped)
+    z = torch.cat([standardize(change).relu() for change in answers.values()])
+    labels = torch.zeros(40, dtype=torch.long)
+    found = shifted_filters(measure(trained, pairing, [(view.clean, labels)]), DEFENDER)
+    statistics = measure(trained, pairing, [(view.clean, labels)])
+    kl = torch.cat([values.bn_shift for values in statistics.values() if values.bn_shift is not None])
+    kl = kl * (40 + SHRINK) / 40 * DEFENDER / (DEFENDER + SHRINK)  # of a defender with more images
+    expected = float(z.mean()) + float(kl.mean()) / found.chance
+    assert float(against_default(view)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("score", PENALTIES)
+def test_descending_the_adaptive_penalty_hides_the_chosen_channels(score: str) -> None:
     torch.manual_seed(1)
     model = Residual()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    flow, _ = follow_channels(model, (3, 16, 16))
-    pairs = find_pairs(model, flow).pairs
-    chosen = {pair.name: spectral_bound(model, pair).topk(2).indices for pair in pairs}
-    before = float(penalty(model, pairs, chosen))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    view = view_of(model)
+    changes = triggered_change(model, view.pairs, view.clean, view.stamped)
+    if score == "lipschitz":
+        changes = {pair.name: spectral_bound(model, pair) for pair in view.pairs}
+    view = view_of(model, {name: change.topk(2).indices for name, change in changes.items()})
+    penalty = PENALTIES[score]
+    before = float(penalty(view))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05 if score == "lipschitz" else 0.002)
     for _ in range(60):
         optimizer.zero_grad()
-        penalty(model, pairs, chosen).backward()
+        penalty(view).backward()
         optimizer.step()
     assert before > 0.5
-    assert float(penalty(model, pairs, chosen)) < 0.3 * before
+    assert float(penalty(view)) < 0.3 * before
+    assert not any(module.training != model.training for module in model.modules())
 
 
 def test_the_triggered_change_names_the_channel_that_sees_the_trigger() -> None:
@@ -332,7 +373,7 @@ def test_unknown_attacks_and_options_are_refused(name: str, given: dict[str, Any
     [
         ("blended", {"alpha": 0}), ("blended", {"pattern": "cat"}), ("wanet", {"k": 1}), ("wanet", {"s": -1.0}),
         ("sig", {"delta": 300}), ("sig", {"frequency": 100.0}), ("label-consistent", {"epsilon": -1}),
-        ("input-aware", {"density": 2.0}), ("adaptive", {"share": 0.0}),
+        ("input-aware", {"density": 2.0}), ("adaptive", {"share": 0.0}), ("adaptive", {"score": "tic"}),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(setup: Setup, name: str, given: dict[str, Any]) -> None:
