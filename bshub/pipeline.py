@@ -15,13 +15,12 @@ from bshub.device import pick_device
 from bshub.diagnosis import WEIGHTS_ONLY_SCORE, Diagnosis, diagnose
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import find_defense
-from bshub.evaluation.metrics import clean_accuracy
 from bshub.graph.cost import count_macs
 from bshub.graph.trace import record
+from bshub.mending import bring_back
 from bshub.parallel import Workers
 from bshub.progress import Progress, Steps
-from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
-from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
+from bshub.repair.finetune import find_repair
 from bshub.scoring.plan import RemovalPlan, as_arrays
 from bshub.settings import OURS, Settings
 from bshub.stand_ins import StandIns
@@ -30,8 +29,6 @@ from bshub.surgery.remove import Removal, remove
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 PROOF_IMAGES = 16
-WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
-SHOWS_LOSS = 50  # clean images; fewer do not show a loss of two points
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
 
 
@@ -107,46 +104,22 @@ def sanitize(
             told = DefenseSettings(settings.seed, effort=settings.effort, progress=advance)
             small = defense(original, clean, told).eval()
         removal = replace(removal, model=small)
-    pruned = after = clean_accuracy(small, clean.batches(settings.batch_size))
     assert diagnosis.clean_accuracy is not None
-    before, warnings = diagnosis.clean_accuracy, list(diagnosis.warnings)
-    triggers = diagnosis.shortcut.triggers if diagnosis.shortcut and not defense else ()
-    pruned_off = removal.plan.flagged or removal.plan.spare
-    repaired = bool(pruned_off or triggers) and settings.finetune_epochs > 0
-    held = held_against(small, triggers, clean) if repaired else 0.0
-    unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
-    if diagnosis.shortcut is not None and not unlearns and before.n >= SHOWS_LOSS and pruned.value >= before.value:
-        repaired = False  # nothing was lost, and what the network was before may teach the backdoor again
-    unlearning, passes = None, 0
-    if repaired:
-        schedule = Schedule(
-            settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
-        )
-        before_repair = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-        passes = epochs_of(schedule, len(clean.images), unlearns)
-        with steps.step("repair", passes) as advance:
-            repair(
-                small,
-                original,
-                clean.images,
-                clean.labels,
-                removal.plan.zeroed_after(),
-                settings.repair,
-                schedule,
-                triggers=triggers if unlearns else (),
-                workers=workers,
-                progress=advance,
-            )
-        share = 1.0 if unlearns else keep_disarmed(small, before_repair, triggers, clean)
-        after = clean_accuracy(small, clean.batches(settings.batch_size))
-        left = held_against(small, triggers, clean)
-        unlearning = {"before": held, "after": left, "share": share} if triggers else None
-        repaired = share > 0
-        # what is left of the trigger is worth as much as what is left of the accuracy
-        if not _finite(small) or after.value < pruned.value - max(WORSE, held - left):
-            small.load_state_dict(before_repair)
-            repaired, after = False, pruned
-            warnings.append("the repair made the model worse and was undone: a lower --finetune-lr may help")
+    before, shortcut = diagnosis.clean_accuracy, diagnosis.shortcut
+    outcome = bring_back(
+        small,
+        original,
+        clean,
+        before,
+        settings,
+        steps,
+        removed=bool(removal.plan.flagged or removal.plan.spare),
+        zeroed=removal.plan.zeroed_after(),
+        triggers=shortcut.triggers if shortcut and not defense else (),
+        searched=shortcut is not None,
+        workers=workers,
+    )
+    after, warnings = outcome.accuracy, [*diagnosis.warnings, *outcome.warnings]
     if clean.made_up:
         warnings.append(
             f"no clean images were given: {clean.count} made-up ones stood in for them, on which no accuracy can be "
@@ -168,9 +141,10 @@ def sanitize(
         "stays": removal.plan.stays,
         "refused": removal.refused,
         "proof": removal.proof.as_dict(),
-        "repaired": repaired,
-        "repair_passes": passes,
-        "trigger_success": unlearning,
+        "repaired": outcome.done,
+        "repair": outcome.why,
+        "repair_passes": outcome.passes,
+        "trigger_success": outcome.unlearning,
         "clean_images": {
             "n": clean.count,
             "made_up": clean.made_up,
@@ -237,10 +211,6 @@ def _images(
         return CleanImages(loader, device, total, workers)
     part = (workers or Workers()).part(len(loader))
     return CleanImages(loader.answered_by(model, part), device, part.stop - part.start, workers, made_up=True)
-
-
-def _finite(model: nn.Module) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
 def _parameters(model: nn.Module) -> int:

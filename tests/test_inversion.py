@@ -211,12 +211,14 @@ def test_a_disarmed_network_is_repaired_only_where_something_was_lost_and_unlear
     images, labels = clean_images(Planted(backdoor=False), count=64)
     kept = sanitize(armed, [(images, labels)], Settings(device="cpu"))
     assert 0 in kept.plan.flagged["conv"] and not kept.report["repaired"] and kept.report["repair_passes"] == 0
+    assert kept.report["repair"] == "pruning cost no accuracy on the 64 clean images"
     at_stake = {name: kept.report["clean_images"][f"accuracy_{name}"]["percent"] for name in ("before", "after")}
     assert at_stake["after"] >= at_stake["before"]
     with torch.no_grad():
         own = armed(images).argmax(1)  # some of them hang on the very filter
     harmed = sanitize(armed, [(images, own)], Settings(budget=50, device="cpu"))
     assert 0 in harmed.plan.flagged["conv"]
+    assert harmed.report["repair"] != kept.report["repair"]
     armed_still = harmed.report["trigger_success"]["before"] > tolerated(len(labels))
     assert harmed.report["repair_passes"] == epochs_of(Schedule(10, 0.1, 32, 0), len(labels), armed_still) > 0
 

@@ -50,7 +50,7 @@ def test_the_result_is_smaller_on_the_cpu_and_ready_to_use(trained: nn.Module) -
     assert not any(module.training for module in result.model.modules())
     assert {p.device for p in result.model.parameters()} == {CPU}
     assert result.report["proof"]["holds"]
-    assert result.report["repaired"]
+    assert result.report["repaired"] and result.report["repair"] == "accuracy was brought back"
 
 
 def facts(report: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_when_nothing_is_flagged_the_result_is_an_unchanged_copy(trained: nn.Mod
     trained = copy.deepcopy(trained).requires_grad_(True)
     result = sanitize(trained, batches(), Settings(**{**QUICK, "mu": 50.0}))
     assert set(result.plan.counts().values()) == {0}
-    assert not result.report["repaired"]
+    assert not result.report["repaired"] and result.report["repair"] == "nothing was found and nothing removed"
     assert result.model is not trained
     assert same({**snapshot(trained)}, snapshot(result.model))
     assert result.report["parameters"]["before"] == result.report["parameters"]["after"]
@@ -270,8 +270,9 @@ def test_where_the_labels_are_not_the_models_its_own_answers_choose_mu(trained: 
 def test_a_repair_that_makes_things_worse_is_undone_and_said(trained: nn.Module) -> None:
     settings = Settings(mu=1.0, repair="finetune", finetune_epochs=30, finetune_lr=10.0)
     result = sanitize(trained, batches(), settings)
-    assert not result.report["repaired"]
+    assert not result.report["repaired"] and result.report["repair"] == "it made the model worse"
     assert any("undone" in warning for warning in result.report["warnings"])
     untouched = sanitize(trained, batches(), Settings(mu=1.0, finetune_epochs=0))
+    assert untouched.report["repair"] == "none was asked for"
     for name, tensor in untouched.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[name])

@@ -1,0 +1,116 @@
+"""Whether a pruned network needs a repair, how far it goes, and whether it may stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from bshub.clean import CleanImages
+from bshub.evaluation.metrics import Rate, clean_accuracy
+from bshub.parallel import Workers
+from bshub.progress import Steps
+from bshub.repair.finetune import Schedule, epochs_of, repair
+from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
+from bshub.scoring.inversion import InvertedTrigger
+from bshub.settings import Settings
+
+WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
+SHOWS_LOSS = 50  # clean images; fewer do not show a loss of two points
+UNDONE = "the repair made the model worse and was undone: a lower --finetune-lr may help"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a repair.
+
+    Attributes:
+        done: Whether the weights are repaired ones.
+        why: In words.
+        accuracy: On the clean images, afterwards.
+        passes: Over the images that it took, 0 if none was tried.
+        unlearning: Success of the sharpened triggers ``before`` and ``after``, and the ``share`` of the way that was
+            kept; None without triggers or without a repair.
+        warnings: What a user should know.
+    """
+
+    done: bool
+    why: str
+    accuracy: Rate
+    passes: int = 0
+    unlearning: dict[str, float] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def bring_back(
+    pruned: nn.Module,
+    original: nn.Module,
+    clean: CleanImages,
+    before: Rate,
+    settings: Settings,
+    steps: Steps,
+    *,
+    removed: bool,
+    zeroed: dict[str, list[int]],
+    triggers: Sequence[InvertedTrigger] = (),
+    searched: bool = False,
+    workers: Workers | None = None,
+) -> Outcome:
+    """Repair a pruned network, in place, where there is anything to repair.
+
+    Args:
+        pruned: The network after surgery, in evaluation mode.
+        original: The network as it was.
+        clean: The clean images.
+        before: Accuracy of the original on them.
+        settings: Repair, epochs, learning rate, batch size, seed, precision.
+        steps: Where the work is shown.
+        removed: Whether anything was pruned.
+        zeroed: Filters that must stay silent, by convolution.
+        triggers: Inverted triggers.
+        searched: Whether a trigger was looked for.
+        workers: Processes that share the images.
+
+    Returns:
+        What became of it.
+    """
+    now = clean_accuracy(pruned, clean.batches(settings.batch_size))
+    if not settings.finetune_epochs:
+        return Outcome(False, "none was asked for", now)
+    if not (removed or triggers):
+        return Outcome(False, "nothing was found and nothing removed", now)
+    held = held_against(pruned, triggers, clean)
+    unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
+    if searched and not unlearns and before.n >= SHOWS_LOSS and now.value >= before.value:
+        # what the network was before may teach the backdoor again
+        return Outcome(False, f"pruning cost no accuracy on the {before.n} clean images", now)
+    schedule = Schedule(
+        settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
+    )
+    weights = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    passes = epochs_of(schedule, len(clean.images), unlearns)
+    with steps.step("repair", passes) as advance:
+        repair(
+            pruned, original, clean.images, clean.labels, zeroed, settings.repair, schedule,
+            triggers=triggers if unlearns else (), workers=workers, progress=advance,
+        )  # fmt: skip
+    share = 1.0 if unlearns else keep_disarmed(pruned, weights, triggers, clean)
+    after = clean_accuracy(pruned, clean.batches(settings.batch_size))
+    left = held_against(pruned, triggers, clean)
+    why = "what was left of the trigger was unlearned" if unlearns else "accuracy was brought back"
+    if share < 1:
+        why = f"{why} {100 * share:.0f} % of the way; further on the trigger works again"
+    outcome = Outcome(share > 0, why, after, passes)
+    if triggers:
+        outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})
+    # what is left of the trigger is worth as much as what is left of the accuracy
+    if not _finite(pruned) or after.value < now.value - max(WORSE, held - left):
+        pruned.load_state_dict(weights)
+        return replace(outcome, done=False, why="it made the model worse", accuracy=now, warnings=(UNDONE,))
+    return outcome
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
