@@ -36,8 +36,9 @@ demo: setup ## sanitize the backdoored demo model, measure it, and write out/dem
 	$(BIN)/bshub sanitize examples/demo/model --clean-dir examples/demo/clean --test-dir examples/demo/heldout \
 	    --trigger examples/demo/trigger.json --output out/demo --overwrite
 
+# a process per core, a test file never in two; more than eight would want more memory than cores give time
 test: setup ## run the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: setup ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check .

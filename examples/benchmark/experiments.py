@@ -45,12 +45,14 @@ class Experiment:
         methods: Separated by spaces.
         per_class: Clean images per class.
         data: A data set of their own.
+        effort: Share of the published iterations, where it is not the command's.
     """
 
     models: tuple[str, ...]
     methods: str
     per_class: tuple[int, ...]
     data: Path | None = None
+    effort: float | None = None
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -64,6 +66,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
     "9": Experiment(tuple(f"digits-{name}" for name in ("badnets-10", "blended-10", "wanet-10", "sig-10", "clean")),
                     "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
+    "10": Experiment(("badnets-10",), "ft fine-pruning nad anp bnp i-bau rnp", (250,), effort=1.0),
 }  # fmt: skip
 
 
@@ -73,7 +76,8 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     models = tuple(zoo / model for model in wanted.models if (zoo / model / "training.json").exists())
     methods = tuple(wanted.methods.split())
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
-    tests, effort, device = args.test_images, args.effort, args.device
+    tests, device = args.test_images, args.device
+    effort = args.effort if wanted.effort is None else wanted.effort
     grid = Grid(models, wanted.data or data, methods, wanted.per_class, seeds, tests, effort, device)
     run_grid(grid, rows, Steps(Lines()))
 
