@@ -77,9 +77,9 @@ $(ZOO)/cifar10:
 zoo: setup $(ZOO)/cifar10 ## train the models that the benchmark defends (hours; may be killed and repeated)
 	$(BIN)/python examples/benchmark/zoo.py --data $(ZOO)/cifar10 --out $(ZOO) --width $(WIDTH) --epochs $(EPOCHS)
 
-results: setup ## run the experiments on the zoo (hours; may be killed and repeated) and rewrite docs/results.md
+results: setup ## run the experiments on the zoo, or those of ONLY="4 5" (hours; may be killed and repeated): docs/results.md
 	$(BIN)/python examples/benchmark/experiments.py --zoo $(ZOO) --data $(ZOO)/data-50000 --out docs/results.md \
-	    --effort $(EFFORT) --seeds $(SEEDS) --test-images $(TEST_IMAGES)
+	    --effort $(EFFORT) --seeds $(SEEDS) --test-images $(TEST_IMAGES) $(if $(ONLY),--only $(ONLY))
 
 bench-quick: setup ## a small corner of the benchmark, on the demo's model, in some minutes: out/bench-quick/results.md
 	@OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark/quick.py --out out/bench-quick

@@ -84,7 +84,7 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "allow**: quarter width, six epochs of 50 000 images, hence ACC below the papers'; "
         f"{_listed(tests)} test images, draws {_listed(seeds)}, share of the baselines' published iterations "
         f"(*effort*) {_listed(efforts)}. The full grid is `make zoo results` with "
-        "`WIDTH=64 EPOCHS=100 EFFORT=1 SEEDS=0,1,2 TEST_IMAGES=10000`."
+        "`WIDTH=64 EPOCHS=100 EFFORT=1 SEEDS=0,1,2 TEST_IMAGES=10000`, section 4 alone `make results ONLY=4`."
     )
     terms = (
         "ACC: clean test accuracy. ASR: test images of other classes that the trigger turns into the target. RA: "
