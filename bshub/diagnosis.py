@@ -27,7 +27,6 @@ from bshub.scoring.suspiciousness import find_score
 from bshub.settings import Settings
 from bshub.yardstick import FOREIGN, Yardstick, affordable_mu, affordable_shrink, make_yardstick
 
-RESPONSE_IMAGES = 256  # that the answer to an inverted trigger is averaged over
 WEIGHTS_ONLY_SCORE = "lipschitz"
 WEIGHTS_ONLY_MU = 3.0  # CLP's own value
 SHIFTED = "bn-shift"  # the score where only batch norm remembers a trigger
@@ -172,8 +171,8 @@ def diagnose(
             with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
                 least = GAP_MADE_UP if clean.made_up else GAP
                 found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least)
-                shown = clean.images[:RESPONSE_IMAGES], clean.labels[:RESPONSE_IMAGES]
-                shortcut, response = confirm(model, pairing, *shown, found, shifted)
+                shown = clean.images, clean.labels
+                shortcut, response = confirm(model, pairing, *shown, found, shifted, clean.made_up)
             explained = _explained(shortcut, shifted, yardstick, clean)
             name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)
     with steps.step("threshold"):

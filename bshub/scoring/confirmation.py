@@ -1,4 +1,7 @@
-"""Do the triggers that were found pass through the filters that batch norm remembers?
+"""Are the triggers that were found backdoors? Two questions that the size of a gap does not answer.
+
+Does a trigger show the network what real images of its class show it? Then it is the natural way to that class
+(``likeness.py``). And does it pass through the filters that batch norm remembers?
 
 Where a backdoor was planted with enough images, both looks see it: the search inverts a trigger, and batch norm
 remembers the filters that answer to the real one. Then the inverted trigger excites these filters more than the others
@@ -16,19 +19,27 @@ from torch import Tensor, nn
 
 from bshub.graph.pairs import Pairing
 from bshub.scoring.inversion import InvertedTrigger
+from bshub.scoring.likeness import LIKE, NATURAL, likeness
 from bshub.scoring.response import strongest, trigger_response
 from bshub.scoring.selection import standardize
 from bshub.scoring.shifted import Shifted
 from bshub.scoring.shortcut import GAP_MADE_UP, Shortcut
 
+SHOWN = 256  # images that the answer to a trigger is averaged over
 PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
 
 
 def confirm(
-    model: nn.Module, pairing: Pairing, images: Tensor, labels: Tensor, shortcut: Shortcut, shifted: Shifted | None
+    model: nn.Module,
+    pairing: Pairing,
+    images: Tensor,
+    labels: Tensor,
+    shortcut: Shortcut,
+    shifted: Shifted | None,
+    made_up: bool = False,
 ) -> tuple[Shortcut, dict[str, Tensor]]:
-    """Keep the triggers that pass through the filters that lie off; all, where none lies off.
+    """Keep the triggers that are no natural way to their class and pass through the filters that lie off, if any do.
 
     Args:
         model: In evaluation mode, nothing removed.
@@ -37,22 +48,35 @@ def confirm(
         labels: ``[n]``.
         shortcut: What the search came to.
         shifted: What batch norm remembers.
+        made_up: Whether the images only stand in for real ones, and show no class.
 
     Returns:
-        The same without the triggers in doubt, and how each filter answers to those that are left, the largest of
-        several: convolution → ``[out_channels]``, empty without a trigger.
+        The same without the triggers in doubt and the natural ones, and how each filter answers to those that are
+        left, the largest of several: convolution → ``[out_channels]``, empty without a trigger.
     """
     kept: list[tuple[InvertedTrigger, dict[str, Tensor]]] = []
-    doubted, apart = [], False
+    shown = images[:SHOWN], labels[:SHOWN]
+    doubted, natural, apart = [], [], False
     for trigger in shortcut.triggers:
-        response = trigger_response(model, pairing, images, labels, trigger)
+        if not made_up and shortcut.gaps[trigger.family] < NATURAL:
+            like = likeness(model, pairing, images, labels, trigger)
+            if like is not None and like >= LIKE:
+                natural.append(trigger)
+                continue
+        response = trigger_response(model, pairing, *shown, trigger)
         passes_by = shifted is not None and shifted.count > 0 and passes_through(shifted, response) < PASSES
         if passes_by and shortcut.gaps[trigger.family] < UNDOUBTED:
             doubted.append(trigger)
             continue
         kept.append((trigger, response))
         apart |= passes_by
-    left = replace(shortcut, triggers=tuple(trigger for trigger, _ in kept), doubted=tuple(doubted), apart=apart)
+    left = replace(
+        shortcut,
+        triggers=tuple(trigger for trigger, _ in kept),
+        doubted=tuple(doubted),
+        natural=tuple(natural),
+        apart=apart,
+    )
     return left, strongest([response for _, response in kept])
 
 

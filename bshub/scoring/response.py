@@ -18,7 +18,8 @@ from bshub.graph.pairs import ConvBN, Pairing
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.stream import activation_of, affine_of
 
-BATCH = 100
+BATCH = 100  # images per run, fewer where they are large: all maps of a run are held
+PIXELS = 2**19  # per run
 
 
 def trigger_response(
@@ -64,20 +65,44 @@ def activated_change(model: nn.Module, pairing: Pairing, images: Tensor, stamped
         stamped: The same with the trigger.
     """
     total = {pair.name: torch.zeros(pair.out_channels) for pair in pairing.pairs}
-    for start in range(0, len(images), BATCH):
+    for part, changed in zip(_parts(images), _parts(stamped), strict=True):
         with torch.no_grad(), _maps(model, pairing) as maps:
-            model(images[start : start + BATCH])
+            model(part)
             before = dict(maps)
             maps.clear()
-            model(stamped[start : start + BATCH])
+            model(changed)
             for name, map_ in maps.items():
                 total[name] += (map_ - before[name]).flatten(2).norm(dim=2).sum(0)  # (n, out, places) → (out,)
     return {name: value / len(images) for name, value in total.items()}
 
 
+def mean_maps(model: nn.Module, pairing: Pairing, images: Tensor) -> dict[str, Tensor]:
+    """Mean of every filter's map over its places, image by image: convolution → ``[n, out_channels]``.
+
+    Args:
+        model: In evaluation mode.
+        pairing: Its pairs.
+        images: ``[n, c, h, w]``, n > 0.
+    """
+    found: dict[str, list[Tensor]] = {pair.name: [] for pair in pairing.pairs}
+    with torch.no_grad(), _maps(model, pairing, lambda map_: map_.flatten(2).mean(2)) as maps:
+        for part in _parts(images):
+            model(part)
+            for name, means in maps.items():
+                found[name].append(means)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _parts(images: Tensor) -> tuple[Tensor, ...]:
+    height, width = images.shape[-2:]
+    return images.split(min(BATCH, max(1, PIXELS // (height * width))))
+
+
 @contextmanager
-def _maps(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, Tensor]]:
-    """Each pair's map after batch norm and activation, filled by every run."""
+def _maps(
+    model: nn.Module, pairing: Pairing, keep_of: Callable[[Tensor], Tensor] = lambda map_: map_
+) -> Iterator[dict[str, Tensor]]:
+    """Each pair's map after batch norm and activation, or what is to be kept of it, filled by every run."""
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     maps: dict[str, Tensor] = {}
 
@@ -86,7 +111,7 @@ def _maps(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, Tensor]]:
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
             shape = [1, -1, *[1] * (output.ndim - 2)]
-            maps[pair.name] = act(output * affine.scale.view(shape) + affine.shift.view(shape))
+            maps[pair.name] = keep_of(act(output * affine.scale.view(shape) + affine.shift.view(shape)))
 
         return keep
 

@@ -43,6 +43,8 @@ class Shortcut:
         searched: Whether there were enough classes to compare.
         least: The gap from which a class was to be found.
         doubted: Triggers that were found and are not believed, see ``confirmation.py``.
+        natural: Triggers that were found and show the network no more than real images of their class do, see
+            ``likeness.py``.
         apart: Whether a believed one passes by the filters that batch norm remembers: something else was planted too.
     """
 
@@ -52,6 +54,7 @@ class Shortcut:
     searched: bool = True
     least: float = GAP
     doubted: tuple[InvertedTrigger, ...] = ()
+    natural: tuple[InvertedTrigger, ...] = ()
     apart: bool = False
 
     @property
@@ -67,6 +70,8 @@ class Shortcut:
             return (
                 f"what was found does not pass through the filters that batch norm remembers: {self._of(self.doubted)}"
             )
+        if self.natural and not self.triggers:
+            return f"what was found looks to the network like real images of the class: {self._of(self.natural)}"
         if not self.triggers:
             return f"no class is reached more easily than the others (gaps {self._gaps()}; {self.least} would be found)"
         return f"a small change of any image leads to one class: {self._of(self.triggers)}"
@@ -82,6 +87,7 @@ class Shortcut:
         return {
             "found": [{"family": t.family, "target": t.target, "strength": t.strength} for t in self.triggers],
             "doubted": [{"family": t.family, "target": t.target} for t in self.doubted],
+            "natural": [{"family": t.family, "target": t.target} for t in self.natural],
             "needs": {name: {str(c): round(v, 5) for c, v in need.items()} for name, need in self.needs.items()},
             "gaps": {name: round(gap, 3) for name, gap in self.gaps.items()},
             "reason": self.reason(),

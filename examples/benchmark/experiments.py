@@ -64,7 +64,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "bshub paper clp", (10,)),
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
-    "9": Experiment(tuple(f"digits-{name}" for name in ("badnets-10", "blended-10", "wanet-10", "sig-10", "clean")),
+    "9": Experiment(tuple(f"digits-{name}" for name in ("badnets-10", "blended-10", "wanet-10", "sig-5", "clean")),
                     "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
     "10": Experiment(("badnets-10",), "ft fine-pruning nad anp bnp i-bau rnp", (250,), effort=1.0),
 }  # fmt: skip
