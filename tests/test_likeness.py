@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.scoring import response
-from bshub.scoring.confirmation import confirm
+from bshub.scoring.confirmation import UNDOUBTED, confirm
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.likeness import FEWEST, LIKE, NATURAL, likeness
 from bshub.scoring.response import activated_change, mean_maps
@@ -88,10 +88,25 @@ def test_a_natural_way_is_set_aside_unless_its_gap_is_beyond_what_is_natural_or_
 
     left = judged("natural", 2.0)
     assert not left.triggers and left.natural == (ways["natural"],)
-    assert "looks to the network like real images of the class: additive toward class 2" in left.reason()
+    assert "or there are too few of them to tell: additive toward class 2" in left.reason()
     assert left.as_dict()["natural"] == [{"family": "additive", "target": TARGET}]
     for kept in (judged("planted", 2.0), judged("natural", NATURAL), judged("natural", 2.0, made_up=True)):
         assert len(kept.triggers) == 1 and not kept.natural
+
+
+@pytest.mark.parametrize(("family", "gap", "believed"), [
+    ("patch", UNDOUBTED - 0.01, False), ("patch", UNDOUBTED, True), ("additive", 1.5, True),
+])  # fmt: skip
+def test_with_too_few_images_of_the_class_a_patch_needs_a_wide_gap(
+    net: tuple[nn.Module, Pairing, Tensor, Tensor], family: str, gap: float, believed: bool
+) -> None:
+    model, pairing, images, labels = net
+    few = torch.cat([(labels == TARGET).nonzero()[:1, 0], (labels != TARGET).nonzero()[:, 0]])
+    trigger = InvertedTrigger(family, TARGET, images)
+    trigger.change = planted(images).change
+    found = Shortcut((trigger,), {}, {family: gap})
+    left, _ = confirm(model, pairing, images[few], labels[few], found, None)
+    assert (left.triggers == (trigger,)) is believed and (left.natural == (trigger,)) is not believed
 
 
 def test_large_images_run_in_smaller_parts_with_the_same_outcome(

@@ -1,7 +1,8 @@
 """Are the triggers that were found backdoors? Two questions that the size of a gap does not answer.
 
 Does a trigger show the network what real images of its class show it? Then it is the natural way to that class
-(``likeness.py``). And does it pass through the filters that batch norm remembers?
+(``likeness.py``); of a change of a few places, which finds such ways most, that is held possible too where there are
+too few images of the class to tell. And does it pass through the filters that batch norm remembers?
 
 Where a backdoor was planted with enough images, both looks see it: the search inverts a trigger, and batch norm
 remembers the filters that answer to the real one. Then the inverted trigger excites these filters more than the others
@@ -58,14 +59,13 @@ def confirm(
     shown = images[:SHOWN], labels[:SHOWN]
     doubted, natural, apart = [], [], False
     for trigger in shortcut.triggers:
-        if not made_up and shortcut.gaps[trigger.family] < NATURAL:
-            like = likeness(model, pairing, images, labels, trigger)
-            if like is not None and like >= LIKE:
-                natural.append(trigger)
-                continue
+        gap = shortcut.gaps[trigger.family]
+        if not made_up and _natural(trigger, gap, likeness(model, pairing, images, labels, trigger)):
+            natural.append(trigger)
+            continue
         response = trigger_response(model, pairing, *shown, trigger)
         passes_by = shifted is not None and shifted.count > 0 and passes_through(shifted, response) < PASSES
-        if passes_by and shortcut.gaps[trigger.family] < UNDOUBTED:
+        if passes_by and gap < UNDOUBTED:
             doubted.append(trigger)
             continue
         kept.append((trigger, response))
@@ -78,6 +78,13 @@ def confirm(
         apart=apart,
     )
     return left, strongest([response for _, response in kept])
+
+
+def _natural(trigger: InvertedTrigger, gap: float, like: float | None) -> bool:
+    """Whether a trigger is, or may be, the natural way to its class."""
+    if like is None:
+        return trigger.local and gap < UNDOUBTED
+    return like >= LIKE and gap < NATURAL
 
 
 def passes_through(shifted: Shifted, response: Mapping[str, Tensor]) -> float:

@@ -136,6 +136,7 @@ class Family:
         most: Strength beyond which a change is no trigger any more: it may show another class to anyone.
         step: ``(slope, size)`` → how far to go against the slope.
         fit: ``(change, strength)`` → the nearest change of at most that strength.
+        local: Whether it is of a few places: a stroke, or a part by which a class is known, may be such a change.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
@@ -144,11 +145,12 @@ class Family:
     most: float
     step: Callable[[Tensor, float], Tensor]
     fit: Callable[[Tensor, float], Tensor]
+    local: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "additive": Family(additive, lambda image: image[1:], 0.2, 0.28, dense_step, dense_fit),
-    "patch": Family(additive, lambda image: image[1:], 0.1, 0.12, sparse_step, sparse_fit),
+    "patch": Family(additive, lambda image: image[1:], 0.1, 0.12, sparse_step, sparse_fit, local=True),
     "warp": Family(warp, lambda image: (2, GRID, GRID), 0.02, 0.03, dense_step, dense_fit),
 }
 
@@ -225,6 +227,11 @@ class InvertedTrigger:
     def most(self) -> float:
         """The family's largest strength."""
         return self._of.most
+
+    @property
+    def local(self) -> bool:
+        """Whether it changes a few places alone."""
+        return self._of.local
 
     @property
     def need(self) -> tuple[float, float]:

@@ -43,8 +43,7 @@ class Shortcut:
         searched: Whether there were enough classes to compare.
         least: The gap from which a class was to be found.
         doubted: Triggers that were found and are not believed, see ``confirmation.py``.
-        natural: Triggers that were found and show the network no more than real images of their class do, see
-            ``likeness.py``.
+        natural: Triggers that were found and are, or may be, the natural way to their class, see ``confirmation.py``.
         apart: Whether a believed one passes by the filters that batch norm remembers: something else was planted too.
     """
 
@@ -71,7 +70,10 @@ class Shortcut:
                 f"what was found does not pass through the filters that batch norm remembers: {self._of(self.doubted)}"
             )
         if self.natural and not self.triggers:
-            return f"what was found looks to the network like real images of the class: {self._of(self.natural)}"
+            return (
+                "what was found looks to the network like real images of its class, or there are too few of them to "
+                f"tell: {self._of(self.natural)}"
+            )
         if not self.triggers:
             return f"no class is reached more easily than the others (gaps {self._gaps()}; {self.least} would be found)"
         return f"a small change of any image leads to one class: {self._of(self.triggers)}"
