@@ -33,6 +33,7 @@ ATTACKS = ("badnets", "blended", "wanet", "sig", "input-aware", "label-consisten
 ATTACKED = tuple(f"{attack}-{rate}" for rate in RATES for attack in ATTACKS)
 LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
 LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
+DIGITS = tuple(f"digits-{n}" for n in ("badnets-10", "blended-10", "wanet-10", "sig-5", "clean", "clean-3", "clean-4"))
 MU = tuple(round(0.5 * step, 1) for step in range(1, 13))
 
 
@@ -64,8 +65,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "bshub paper clp", (10,)),
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
-    "9": Experiment(tuple(f"digits-{name}" for name in ("badnets-10", "blended-10", "wanet-10", "sig-5", "clean")),
-                    "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
+    "9": Experiment(DIGITS, "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
     "10": Experiment(("badnets-10",), "ft fine-pruning nad anp bnp i-bau rnp", (250,), effort=1.0),
 }  # fmt: skip
 

@@ -92,7 +92,8 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "intervals. Clean images come from the training split, never a poisoned one, the same for every method; no "
         "method sees the trigger, and nothing was chosen on the test images that are counted: the defaults were "
         f"chosen on {_listed(CHOSEN_ON)} and the demo's model, with a thousand other test images; no other model had a "
-        "say. ×bare: seconds over those of one forward and backward over the same images."
+        "say, but that the bounds of likeness were set after a look at the starters and at the models of sections 5 "
+        "and 9 too. ×bare: seconds over those of one forward and backward over the same images."
     )
     return ["# Results", "", *textwrap.wrap(intro, 116), "", *textwrap.wrap(terms, 116), ""]
 
@@ -156,7 +157,9 @@ def _methods(found: list[Group], wanted: Any) -> list[str]:
 def _digits(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "`--data sklearn/digits`: 1,437 scans of 8 × 8 pixels to train on, 360 of other writers to count on, enlarged "
-        "to the network's 32 × 32; five times the epochs. No knob was turned on these models."
+        "to the network's 32 × 32; five times the epochs. Of the innocent ones digits-clean showed that a stroke makes "
+        "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and on two more that are "
+        "not listed. digits-clean-3 and digits-clean-4 had no say."
     )
     return [*textwrap.wrap(text, 116), "", *detail_table(found, wanted)]
 

@@ -124,8 +124,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "images per class from the training split, up to three draws. Rates in percent with a 95 % Wilson interval on",
         "the 10 000 test images (9 000 for ASR and RA); no figure here was used to choose a threshold of a run: μ was",
         "chosen on the clean images alone. Budget and distillation were chosen while looking at these two models and",
-        "the demo's, the search for a trigger on others (results.md). `tac`, the answer to an inverted trigger, is the",
-        "default; `lipschitz` judges by the weights; `bss` is the reconstruction of the paper's four-term score.",
+        "the demo's, the search for a trigger on others (results.md), its bound of likeness after a look at these too.",
+        "`tac`, the answer to an inverted trigger, is the default; `lipschitz` judges by the weights; `bss` is the",
+        "reconstruction of the paper's four-term score.",
         "",
     ]
     for model in MODELS:
