@@ -46,7 +46,7 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not. "
         "*none*: no image at all, 128 made-up ones stand in."
     )
-    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *_false_alarms(found)]
+    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *false_alarms(found)]
     table += ["", "### One part left out at a time", ""]
     count = wanted.per_class[0]
     mine = [g for g in found if g.rows and g.per_class == count]
@@ -98,14 +98,18 @@ def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
     return table
 
 
-def _false_alarms(found: Sequence[Group]) -> list[str]:
+def false_alarms(found: Sequence[Group]) -> list[str]:
     """How often the default touched an innocent network, over draws and numbers of images."""
     rows = [r for g in found if g.method == "bshub" for r in g.rows if not r["before"].get("asr")]
+    if not rows:
+        return ["Not measured on an innocent network yet."]
     touched = sum(bool(row["notes"]["counts"]["flagged"] or row["notes"]["repaired"]) for row in rows)
+    names = sorted({row["cell"]["model"] for row in rows})
+    draws = sorted({row["cell"]["seed"] for row in rows})
+    counts = sorted({row["cell"]["per_class"] for row in rows})
     text = (
-        f"On {len({row['cell']['model'] for row in rows})} innocent network the default found something in {touched} "
-        f"of {len(rows)} runs (draws {', '.join(str(s) for s in sorted({row['cell']['seed'] for row in rows}))}; "
-        f"{', '.join(str(c or 'no') for c in sorted({row['cell']['per_class'] for row in rows}))} images per class)."
+        f"False alarms: on {', '.join(names)} the default found something in {touched} of {len(rows)} runs (draws "
+        f"{', '.join(map(str, draws))}; {', '.join(str(count or 'no') for count in counts)} images per class)."
     )
     return textwrap.wrap(text, 116)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from default_page import CHOSEN_ON, default_tables, held_out_tables
+from default_page import CHOSEN_ON, default_tables, false_alarms, held_out_tables
 from detail_page import detail_table
 
 from bshub.benchmark.page import DASH, drawn, number, rate_cell
@@ -161,7 +161,7 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
         "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and on two more that are "
         "not listed. digits-clean-3 and digits-clean-4 had no say."
     )
-    return [*textwrap.wrap(text, 116), "", *detail_table(found, wanted)]
+    return [*textwrap.wrap(text, 116), "", *false_alarms(found), "", *detail_table(found, wanted)]
 
 
 def _as_published(found: list[Group], wanted: Any) -> list[str]:
@@ -178,7 +178,7 @@ def _as_published(found: list[Group], wanted: Any) -> list[str]:
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for group in sorted((g for g in found if g.rows), key=lambda g: wanted.methods.split().index(g.method)):
-        before, told = group.rows[0]["before"], PUBLISHED.get(group.method)
+        before, told = group.rows[0]["before"], PUBLISHED.get(group.method.partition(":")[0])
         acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
         seconds = number(group.mean(lambda row: row["seconds"]), 0)
         cells = f"{told[0]} / {told[1]}" if told else DASH, acc, asr, drawn(group, "ra"), seconds
