@@ -21,7 +21,7 @@ from bshub.benchmark.evidence import hit_rate, judge_statistics, spearman
 from bshub.benchmark.grid import Grid, cells_of, chosen_tests, open_victim, unseen
 from bshub.benchmark.methods import parse_method
 from bshub.benchmark.page import results_page
-from bshub.benchmark.plots import _trade
+from bshub.benchmark.plots import _by_count, _trade
 from bshub.benchmark.rows import Cell, Rows
 from bshub.benchmark.summary import Group, groups, lines
 from bshub.errors import UsageError
@@ -234,11 +234,21 @@ def test_the_change_that_the_trigger_makes_stands_beside_every_statistic(
         assert all(0 <= value <= 1 for value in layer.hits.values())
 
 
-def test_the_trade_is_shown_for_one_number_of_images() -> None:
-    def group(method: str, per_class: int) -> Group:
-        rates = {"accuracy": {"percent": 80.0}, "asr": {"percent": 90.0}}
-        return Group("m", method, per_class, 1.0, ({"before": rates, "after": rates},), ())
+def group(method: str, per_class: int, model: str = "m") -> Group:
+    rates = {"accuracy": {"percent": 80.0}, "asr": {"percent": 90.0}}
+    return Group(model, method, per_class, 1.0, ({"before": rates, "after": rates},), ())
 
+
+def test_a_curve_over_numbers_of_images_is_of_the_same_models_everywhere() -> None:
+    found = [group("bshub", count, model) for model in "ab" for count in (1, 10)]
+    found += [group("bshub", 10, "c"), group("nad", 10, "a"), group("bshub:mu=2", 5, "a"), group("clp", 0, "a")]
+    points = _by_count(found)
+    assert {(p["method"], p["model"], p["per_class"]) for p in points} == {
+        ("bshub", model, count) for model in "ab" for count in (1, 10)
+    }
+
+
+def test_the_trade_is_shown_for_one_number_of_images() -> None:
     found = [group("bshub", 0), group("bshub", 1), group("bshub", 10), group("nad", 10), group("clp", 0)]
     count, points = _trade([*found, group("bshub:mu=2", 10)])
     assert count == 10

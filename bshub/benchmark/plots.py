@@ -37,7 +37,8 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
         )
     counts = _by_count(found)
     if len({point["per_class"] for point in counts}) > 1:
-        drawn.append(_save(count_chart(counts), folder, "samples.png", "ASR after, by clean images per class"))
+        caption = "ASR after, by clean images per class; of each method the models that were measured with all of them"
+        drawn.append(_save(count_chart(counts), folder, "samples.png", caption))
     return drawn
 
 
@@ -84,16 +85,24 @@ def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _by_count(found: Sequence[Group]) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": group.model,
-            "method": group.method,
-            "per_class": group.per_class,
-            "asr": group.mean(rate("after", "asr")),
-        }
-        for group in found
-        if ":" not in group.method and group.per_class
-    ]
+    """Points of the methods that were measured with several numbers of images, over the models that have them all."""
+    plain = [group for group in found if ":" not in group.method and group.per_class]
+    points = []
+    for method in dict.fromkeys(group.method for group in plain):
+        mine = [group for group in plain if group.method == method]
+        counts = {group.per_class for group in mine}
+        have = {model: {g.per_class for g in mine if g.model == model} for model in {g.model for g in mine}}
+        points += [
+            {
+                "model": group.model,
+                "method": method,
+                "per_class": group.per_class,
+                "asr": group.mean(rate("after", "asr")),
+            }
+            for group in mine
+            if len(counts) > 1 and have[group.model] == counts
+        ]
+    return points
 
 
 def trade_chart(points: list[dict[str, Any]]) -> Any:
