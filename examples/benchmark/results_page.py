@@ -96,7 +96,14 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "say, but that the bounds of likeness were set after a look at the starters and at the models of sections 5 "
         "and 9 too. ×bare: seconds over those of one forward and backward over the same images."
     )
-    return ["# Results", "", *textwrap.wrap(intro, 116), "", *textwrap.wrap(terms, 116), ""]
+    age = (
+        "**The rows of `bshub` in sections 1 to 4, 7 and 8 are older than the likeness** that a found trigger may have "
+        "with real images of its class, and the models behind them are gone. With ten images per class every backdoor "
+        "looked at since, badnets-10 and badnets-1 trained anew among them, was below its bound or beyond the gap up "
+        "to which it counts; with one per class a patch whose gap is under 2.25 is not believed any more."
+    )
+    paragraphs = (textwrap.wrap(text, 116) for text in (intro, terms, age))
+    return ["# Results", "", *(line for paragraph in paragraphs for line in (*paragraph, ""))]
 
 
 def _models(found: Sequence[Group]) -> list[str]:
@@ -177,8 +184,13 @@ def _as_published(found: list[Group], wanted: Any) -> list[str]:
         f"BackdoorBench's leaderboard (PreAct-ResNet18 of full width, before: {PUBLISHED_BEFORE[0]} / "
         f"{PUBLISHED_BEFORE[1]}; ANP's threshold chosen with the trigger at hand, here without)."
     )
+    finding = (
+        "Outside what was published lie FT, which leaves this network its backdoor, and NAD: at the rate of its "
+        "authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and passes some of it on. "
+        "Whether that is the width, the short training or the image quality is not known yet."
+    )
     table = [
-        *textwrap.wrap(text, 116), "",
+        *textwrap.wrap(text, 116), "", *textwrap.wrap(finding, 116), "",
         "| method | published ACC / ASR after | ACC before → after | ASR before → after | RA after | s |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
