@@ -186,8 +186,8 @@ def _as_published(found: list[Group], wanted: Any) -> list[str]:
     )
     finding = (
         "Outside what was published lie FT, which leaves this network its backdoor, and NAD: at the rate of its "
-        "authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and passes some of it on. "
-        "Whether that is the width, the short training or the image quality is not known yet."
+        "authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and passes some of "
+        "it on. Whether that is the width, the short training or the image quality is not known yet."
     )
     table = [
         *textwrap.wrap(text, 116), "", *textwrap.wrap(finding, 116), "",
