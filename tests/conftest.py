@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -42,10 +43,16 @@ def bshub_command(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="session")
-def trained() -> nn.Module:
-    """A small residual net that tells the coloured images apart; nobody may change it."""
+def trained_once() -> nn.Module:
+    """What ``trained`` gives copies of."""
     torch.manual_seed(0)
     return train(Residual())
+
+
+@pytest.fixture
+def trained(trained_once: nn.Module) -> nn.Module:
+    """A small residual net that tells the coloured images apart; each test has its own."""
+    return copy.deepcopy(trained_once)
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
     """
     name, root, out = arguments[0], Path(arguments[1]), Path(arguments[2])
     refused: BshubError
+    fetch = f"torchvision.datasets.{name}(root=DIR, download=True) fetches its files"
     try:
         pictures = _digits() if name == "digits" else _torchvision(name, root, out)
         write(pictures, out)
@@ -72,12 +73,11 @@ def main(arguments: list[str]) -> int:
     except BshubError as error:
         refused = error
     except MemoryError:
-        refused = ImageDataError(f"{name}: its files want more than {MEMORY >> 30} GiB of memory")
+        refused = ImageDataError(f"{name}: its files want more than {MEMORY >> 30} GiB of memory", hint=fetch)
     except Exception as error:
         said = printable(str(error).split("You can use download")[0].strip() or type(error).__name__, 160)
-        refused = ImageDataError(f"{name} cannot be read: {said}")
-    hint = refused.hint or f"torchvision.datasets.{name}(root=DIR, download=True) fetches its files"
-    print(json.dumps({"message": refused.message, "hint": hint}))
+        refused = ImageDataError(f"{name} cannot be read: {said}", hint=fetch)
+    print(json.dumps({"message": refused.message, "hint": refused.hint}))
     return 2
 
 
