@@ -185,9 +185,9 @@ def _as_published(found: list[Group], wanted: Any) -> list[str]:
         f"{PUBLISHED_BEFORE[1]}; ANP's threshold chosen with the trigger at hand, here without)."
     )
     finding = (
-        "Outside what was published lie FT and fine-pruning, which leave this network its backdoor, and NAD: at the rate "
-        "of its authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and passes "
-        "some of it on. Whether that is the width, the short training or the image quality is not known yet."
+        "Outside what was published lie FT and fine-pruning, which leave this network its backdoor, and NAD: at the "
+        "rate of its authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and "
+        "passes some of it on. Whether that is the width, the short training or the image quality is not known yet."
     )
     table = [
         *textwrap.wrap(text, 116), "", *textwrap.wrap(finding, 116), "",
