@@ -44,9 +44,9 @@ def loss_of(model: nn.Module, tensors: dict[str, Tensor] | None = None) -> float
 
 
 @pytest.fixture(scope="module")
-def unsure(trained: nn.Module) -> nn.Module:
+def unsure(trained_once: nn.Module) -> nn.Module:
     """The trained net with softer answers: a loss of 1e-5 would take an ascent long to leave."""
-    model = copy.deepcopy(trained)
+    model = copy.deepcopy(trained_once)
     with torch.no_grad():
         model.fc.weight *= 0.1
         model.fc.bias *= 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sysconfig
 from pathlib import Path
@@ -28,7 +29,10 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def exported(trained: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parity, bool]:
+def exported(
+    trained_once: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Parity, bool]:
+    trained = copy.deepcopy(trained_once)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     before = snapshot(trained)
     parity = export_onnx(trained, images, path, METADATA)
