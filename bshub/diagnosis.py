@@ -171,8 +171,7 @@ def diagnose(
             with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
                 least = GAP_MADE_UP if clean.made_up else GAP
                 found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least)
-                shown = clean.images, clean.labels
-                shortcut, response = confirm(model, pairing, *shown, found, shifted, clean.made_up)
+                shortcut, response = confirm(model, pairing, clean.images, clean.labels, found, shifted, clean.made_up)
             explained = _explained(shortcut, shifted, yardstick, clean)
             name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)
     with steps.step("threshold"):

@@ -119,12 +119,11 @@ def _torchvision(name: str, root: Path, out: Path) -> Iterator[tuple[str, str, A
     forbid_python(out)
     for split, arguments in (("train", of.train), ("test", of.test)):
         images = getattr(datasets, name)(root=str(root), **arguments)
-        names = folder_names(getattr(images, "classes", None))
+        names = folder_names(getattr(images, "classes", None)) or []
         for index in range(len(images)):
             image, label = images[index]
             number = int(label)
-            named = names is not None and 0 <= number < len(names)
-            yield split, names[number] if names is not None and named else f"{number:05d}", image
+            yield split, names[number] if 0 <= number < len(names) else f"{number:05d}", image
 
 
 def _digits() -> Iterator[tuple[str, str, Any]]:

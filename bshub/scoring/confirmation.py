@@ -60,7 +60,8 @@ def confirm(
     doubted, natural, apart = [], [], False
     for trigger in shortcut.triggers:
         gap = shortcut.gaps[trigger.family]
-        if not made_up and _natural(trigger, gap, likeness(model, pairing, images, labels, trigger)):
+        # beyond that gap likeness is no excuse, and need not be measured
+        if not made_up and gap < NATURAL and _natural(trigger, gap, likeness(model, pairing, images, labels, trigger)):
             natural.append(trigger)
             continue
         response = trigger_response(model, pairing, *shown, trigger)
@@ -81,10 +82,10 @@ def confirm(
 
 
 def _natural(trigger: InvertedTrigger, gap: float, like: float | None) -> bool:
-    """Whether a trigger is, or may be, the natural way to its class."""
+    """Whether a trigger of a gap below ``NATURAL`` is, or may be, the natural way to its class."""
     if like is None:
         return trigger.local and gap < UNDOUBTED
-    return like >= LIKE and gap < NATURAL
+    return like >= LIKE
 
 
 def passes_through(shifted: Shifted, response: Mapping[str, Tensor]) -> float:

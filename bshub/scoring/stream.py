@@ -60,6 +60,21 @@ def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
     return Affine(scale, shift, mean, variance)
 
 
+def shift_of(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
+    """``KL(N(mean, variance) ‖ N(μ, σ²))`` of what images show from what batch norm remembers.
+
+    Args:
+        mean: ``[out]``.
+        variance: ``[out]``.
+        affine: With the running statistics.
+
+    Returns:
+        ``[out]``, in nats.
+    """
+    seen, reference = variance + 1e-5, affine.variance + 1e-5
+    return 0.5 * ((reference / seen).log() + (seen + (mean - affine.mean).square()) / reference - 1)
+
+
 class Stream:
     """Sums over the conv outputs of one pair; updated batch by batch, read once at the end.
 
@@ -191,10 +206,7 @@ class Stream:
 
     def bn_shift(self, images: int) -> Tensor:
         """``[out]``."""
-        variance = (self._m2 / max(self._points, 1)).float() + 1e-5
-        reference = self.affine.variance + 1e-5
-        gap = self._mean.float() - self.affine.mean
-        kl = 0.5 * ((reference / variance).log() + (variance + gap.square()) / reference - 1)
+        kl = shift_of(self._mean.float(), (self._m2 / max(self._points, 1)).float(), self.affine)
         return (kl * images / (images + SHRINK)).cpu()
 
 

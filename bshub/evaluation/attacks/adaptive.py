@@ -9,6 +9,7 @@ while batch norms still start from zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def adaptive(setup: Setup, weight: float = 1.0, share: float = 0.1, score: str =
             return pixels, 0.0
         view: View = seen["view"]
         some = torch.randperm(len(view.clean), generator=generator)[:SHOWN].to(setup.device)
-        shown = View(view.model, view.pairs, view.channels, view.clean[some], view.stamped[some])
+        shown = replace(view, clean=view.clean[some], stamped=view.stamped[some])
         return pixels, EVERY * weight * PENALTIES[score](shown)
 
     return Attack(

@@ -17,7 +17,7 @@ from bshub.graph.trace import in_mode
 from bshub.scoring.selection import standardize
 from bshub.scoring.shifted import CHANCE
 from bshub.scoring.statistics import PairStatistics, _filters
-from bshub.scoring.stream import SHRINK, activation_of, affine_of
+from bshub.scoring.stream import SHRINK, activation_of, affine_of, shift_of
 from bshub.scoring.suspiciousness import lipschitz
 
 FLOOR = 1e-3  # of the layer's mean, for the root's slope
@@ -82,8 +82,7 @@ def against_default(view: View) -> Tensor:
         chosen, affine = view.channels[pair.name], affine_of(pair, named)
         clean, stamped = outputs[pair.name].float().chunk(2)
         mean, variance = clean.transpose(0, 1).flatten(1).mean(1), clean.transpose(0, 1).flatten(1).var(1, correction=0)
-        ratio = (variance + 1e-5) / (affine.variance + 1e-5)
-        kl = 0.5 * (ratio - 1 - ratio.log() + (mean - affine.mean).square() / (affine.variance + 1e-5))
+        kl = shift_of(mean, variance, affine)
         shifts.append((kl * DEFENDER / (DEFENDER + SHRINK))[chosen])
         gain = norm_scale(view.model, pair)
         act, shape = activation_of(pair), [1, -1, *[1] * (clean.ndim - 2)]
