@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bshub.errors import UsageError
 from bshub.evaluation.attacks import label_consistent as lc
 from bshub.evaluation.attacks.adaptive import triggered_change
+from bshub.evaluation.attacks.badnets import badnets
 from bshub.evaluation.attacks.blended import noise, picture
 from bshub.evaluation.attacks.generator import make_networks, mask_of, mix, pattern_of
 from bshub.evaluation.attacks.input_aware import diversity_loss
@@ -155,6 +156,16 @@ def test_badnets_patch_is_three_cells_wide_in_the_corner_at_any_canvas(tmp_path:
         assert rows.max() == size[0] - cell - 1
         assert columns.max() == size[1] - cell - 1
         assert len(rows) == (3 * cell) ** 2
+
+
+def test_badnets_white_square_covers_what_the_checker_covers(setup: Setup) -> None:
+    grey = torch.full((1, 3, *SIZE), 100, dtype=torch.uint8)
+    checker, white = (badnets(setup, pattern=name).trigger()(grey) for name in ("checker", "white"))
+    assert torch.equal(checker != 100, white != 100)
+    assert set(white[white != 100].tolist()) == {255}
+    with pytest.raises(UsageError, match="unknown pattern") as caught:
+        badnets(setup, pattern="whit")
+    assert "did you mean white" in caught.value.hint
 
 
 def test_blended_patterns_are_a_smooth_picture_or_plain_noise(setup: Setup) -> None:

@@ -70,7 +70,9 @@ def train(row: dict[str, str], data: Path, out: Path, width: int, epochs: int) -
     command = [BSHUB, "attack", architecture(row["arch"], width)]
     data, longer = DATA.get(row["name"].partition("-")[0], (data, 1))
     epochs *= longer
-    command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", row["attack"]]
+    attack, *options = row["attack"].split(":")
+    command += ["--data", str(data), "--output", str(out / row["name"]), "--attack", attack]
+    command += [word for option in options for word in ("--option", option)]
     command += ["--rate", row["rate"], "--seed", row["seed"], "--target", row["target"], "--epochs", str(epochs)]
     alike = [other for other in models(row["set"]) if other["arch"] == row["arch"]]
     controls = [out / other["name"] for other in alike if other["attack"] == "none"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.errors import UsageError
-from bshub.evaluation.attacks.badnets import CANVAS, CELLS
+from bshub.evaluation.attacks.badnets import CANVAS, PATTERNS
 from bshub.evaluation.attacks.interface import POISONED, Attack, Setup, clean_label_roles
 from bshub.evaluation.attacks.state import kept
 from bshub.evaluation.attacks.trigger import Trigger
@@ -34,7 +34,7 @@ def corners_trigger(target: int, size: tuple[int, int]) -> Trigger:
         The trigger.
     """
     cell = max(1, min(size) // CANVAS)
-    lower_right = torch.tensor(CELLS, dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    lower_right = torch.tensor(PATTERNS["checker"], dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     side = len(lower_right)
     patches = []
     for bottom in (False, True):
