@@ -32,10 +32,10 @@ RATES = ("10", "1")
 ATTACKS = ("badnets", "blended", "wanet", "sig", "input-aware", "label-consistent")
 ATTACKED = tuple(f"{attack}-{rate}" for rate in RATES for attack in ATTACKS)
 LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
-AS_PUBLISHED = "ft fine-pruning nad nad:lr=0.01,epochs=10 anp bnp i-bau rnp"
+AS_PUBLISHED = "ft fine-pruning nad nad:lr=0.01,epochs=10 anp clp clp:u=2 bnp i-bau rnp"
 LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
 DIGITS = tuple(f"digits-{n}" for n in ("badnets-10", "blended-10", "wanet-10", "sig-5", "clean", "clean-3", "clean-4"))
-MU = tuple(round(0.5 * step, 1) for step in range(1, 13))
+MU = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "1": Experiment(("badnets-1",), "bshub paper", (1, 10)),
     "2": Experiment(("badnets-10", "blended-10"), " ".join(f"bshub:mu={mu}" for mu in MU) + " bshub", (10,)),
     "3": Experiment((*ATTACKED, "clean"), f"bshub paper clp bnp {LEARNED}", (10,)),
-    "4": Experiment(ATTACKED, "bshub paper", (1, 5, 10, 25, 50)),
+    "4": Experiment((*ATTACKED, "badnets-0.3"), "bshub paper", (1, 5, 10, 25, 50)),
     "5": Experiment(("vgg-badnets-10", "densenet-badnets-10", "resnet34-badnets-10", "mobilenet-badnets-10", "clean"),
                     "bshub paper clp", (10,)),
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
     "9": Experiment(DIGITS, "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
-    "10": Experiment(("badnets-10",), AS_PUBLISHED, (250,), effort=1.0),
+    "10": Experiment(("badnets-10", "badnets-white-10"), AS_PUBLISHED, (250,), effort=1.0),
 }  # fmt: skip
 
 

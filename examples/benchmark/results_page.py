@@ -15,7 +15,7 @@ from detail_page import detail_table
 from bshub.benchmark.page import DASH, drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
 from bshub.benchmark.rows import on_weights
-from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines
+from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines, rate
 
 TITLES = {
     "1": "1. BadNets 1 %, a handful of clean images",
@@ -34,6 +34,7 @@ TITLES = {
 PUBLISHED = {"ft": (90.0, 1.5), "fine-pruning": (91.3, 57.0), "nad": (89.9, 2.1), "anp": (84.2, 0.7)}
 PUBLISHED_BEFORE = (91.3, 95.0)
 MOST_IMAGES = 50  # per class, in every section but the tenth
+RATES_AT = 10  # images per class of the table of poison rates
 
 
 def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str, Any], out: Path) -> str:
@@ -191,15 +192,16 @@ def _as_published(found: list[Group], wanted: Any) -> list[str]:
     )
     table = [
         *textwrap.wrap(text, 116), "", *textwrap.wrap(finding, 116), "",
-        "| method | published ACC / ASR after | ACC before → after | ASR before → after | RA after | s |",
-        "|---|---|---|---|---|---|",
+        "| model | method | published ACC / ASR after | ACC before → after | ASR before → after | RA after | s |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for group in sorted((g for g in found if g.rows), key=lambda g: wanted.methods.split().index(g.method)):
+    order = wanted.methods.split()
+    for group in sorted((g for g in found if g.rows), key=lambda g: (g.model, order.index(g.method))):
         before, told = group.rows[0]["before"], PUBLISHED.get(group.method.partition(":")[0])
         acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
         seconds = number(group.mean(lambda row: row["seconds"]), 0)
         cells = f"{told[0]} / {told[1]}" if told else DASH, acc, asr, drawn(group, "ra"), seconds
-        table.append(f"| {group.method} | {' | '.join(cells)} |")
+        table.append(f"| {group.model} | {group.method} | {' | '.join(cells)} |")
     return table
 
 
@@ -218,6 +220,30 @@ def _counts(found: list[Group], wanted: Any) -> list[str]:
             asr = group and group.mean(lambda r: (r["after"].get("asr") or {}).get("percent"))
             row.append(f"{number(asr)} / {number(group.mean(accuracy_drop))}" if group else DASH)
         table.append(f"| {model} | {method} | {' | '.join(row)} |")
+    return [*table, "", *_poison_rates(found)]
+
+
+def _poison_rates(found: list[Group]) -> list[str]:
+    """Our default by attack and poison rate."""
+    mine = [g for g in found if g.method == "bshub" and g.per_class == RATES_AT and g.rows]
+    by_rate = {(g.rows[0]["attack"], g.rows[0]["rate"]): g for g in mine}
+    rates = sorted({key[1] for key in by_rate})
+    table = [
+        "### By the share of poisoned images",
+        "",
+        f"`bshub`, {RATES_AT} images per class: ASR before → after / ACC lost.",
+        "",
+        f"| attack | {' | '.join(f'{100 * share:g} %' for share in rates)} |",
+        "|---|" + "---|" * len(rates),
+    ]
+    for attack in dict.fromkeys(key[0] for key in by_rate):
+        cells = []
+        for share in rates:
+            group = by_rate.get((attack, share))
+            before, after = (group and group.mean(rate(when, "asr")) for when in ("before", "after"))
+            lost = group and number(group.mean(accuracy_drop))
+            cells.append(f"{number(before)} → {number(after)} / {lost}" if group else DASH)
+        table.append(f"| {attack} | {' | '.join(cells)} |")
     return table
 
 
