@@ -24,8 +24,8 @@ def patch_trigger(target: int, size: tuple[int, int], pattern: str = "checker") 
     Args:
         target: The attacker's label.
         size: The canvas ``(height, width)``, at least 4 pixels each way.
-        pattern: Key of ``PATTERNS``: the paper's black and white ``checker``, or the ``white`` square of most benchmarks
-            since, which clean photos with a bright corner show by nature.
+        pattern: Key of ``PATTERNS``: the paper's black and white ``checker``, or the ``white`` square of most
+            benchmarks since, which clean photos with a bright corner show by nature.
 
     Returns:
         The trigger.

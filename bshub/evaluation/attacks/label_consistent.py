@@ -34,7 +34,8 @@ def corners_trigger(target: int, size: tuple[int, int]) -> Trigger:
         The trigger.
     """
     cell = max(1, min(size) // CANVAS)
-    lower_right = torch.tensor(PATTERNS["checker"], dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    cells = torch.tensor(PATTERNS["checker"], dtype=torch.uint8)
+    lower_right = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     side = len(lower_right)
     patches = []
     for bottom in (False, True):
