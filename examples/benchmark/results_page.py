@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from counts_page import counts_table
 from default_page import CHOSEN_ON, default_tables, false_alarms, held_out_tables
 from detail_page import detail_table
+from methods_page import methods_table
+from published_page import published_table
 
 from bshub.benchmark.page import DASH, drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
 from bshub.benchmark.rows import on_weights
-from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, lines, rate
+from bshub.benchmark.summary import Group, Row, groups
 
 TITLES = {
     "1": "1. BadNets 1 %, a handful of clean images",
@@ -30,19 +33,32 @@ TITLES = {
     "10": "10. The baselines as they were published",
 }
 
-# BackdoorBench's leaderboard, BadNets at 10 %, PreAct-ResNet18, 2,500 clean images: ACC and ASR after
-PUBLISHED = {"ft": (90.0, 1.5), "fine-pruning": (91.3, 57.0), "nad": (89.9, 2.1), "anp": (84.2, 0.7)}
-PUBLISHED_BEFORE = (91.3, 95.0)
+MOST_BELOW = 2.0  # points of ACC
+WHY_NOT = {  # models → why their attack stays below its paper
+    "sig-10 label-consistent-10 px64-sig-10 px64-label-consistent-10": (
+        "sig and label-consistent at 10 % poison every image of the target class: no network sees it without the "
+        "trigger, and the clean images of that class are lost. At 1 % their ACC is the clean model's."
+    ),
+    "wanet-10": "wanet-10: its paper trains 1,000 epochs, this is the state after six.",
+    "input-aware-10": (
+        "input-aware-10: its pattern network learns beside the classifier, for 600 epochs in its paper, six here."
+    ),
+    "px64-wanet-10": "px64-wanet-10: the warp moves the mean pixel by a quarter of a pixel, as at 32 pixels.",
+    "px64-sig-10": "px64-sig-10: six periods on 64 pixels are half as steep, and the stem halves the image twice.",
+    "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
+}
+OLDER = (  # models that were measured before the likeness and are gone
+    "wanet-10", "sig-10", "input-aware-10", "label-consistent-10", "blended-1", "wanet-1", "sig-1", "adaptive-10",
+)  # fmt: skip
 MOST_IMAGES = 50  # per class, in every section but the tenth
-RATES_AT = 10  # images per class of the table of poison rates
 
 
 def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str, Any], out: Path) -> str:
     """The whole page; pictures go into the folder of the rows."""
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
-        "1": detail_table, "2": _mu, "3": _methods, "4": _counts, "5": detail_table, "7": default_tables,
-        "8": held_out_tables, "9": _digits, "10": _as_published,
+        "1": detail_table, "2": _mu, "3": methods_table, "4": counts_table, "5": detail_table, "7": default_tables,
+        "8": held_out_tables, "9": _digits, "10": published_table,
     }  # fmt: skip
     folder = out.with_suffix("")
     shown = {model for key in ("2", "3", "4") for model in experiments[key].models}
@@ -98,34 +114,62 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "and 9 too. ×bare: seconds over those of one forward and backward over the same images."
     )
     age = (
-        "**The rows of `bshub` in sections 1 to 4, 7 and 8 are older than the likeness** that a found trigger may have "
-        "with real images of its class, and the models behind them are gone. With ten images per class every backdoor "
-        "looked at since, badnets-10 and badnets-1 trained anew among them, was below its bound or beyond the gap up "
-        "to which it counts; with one per class a patch whose gap is under 2.25 is not believed any more."
+        f"**The rows of `bshub` on {_listed(OLDER)}, and those of section 8, are older than the likeness** that a "
+        "found trigger may have with real images of its class, and the models behind them are gone. With ten images "
+        "per class every backdoor looked at since was below its bound or beyond the gap up to which it counts; with "
+        "one per class a patch whose gap is under 2.25 is not believed any more."
     )
     paragraphs = (textwrap.wrap(text, 116) for text in (intro, terms, age))
     return ["# Results", "", *(line for paragraph in paragraphs for line in (*paragraph, ""))]
 
 
 def _models(found: Sequence[Group]) -> list[str]:
-    table = ["| model | attack | rate | ACC | ASR | RA | reaches its paper |", "|---|---|---|---|---|---|---|"]
+    table = [
+        "| model | attack | rate | ACC | below clean | ASR | RA | reaches its paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     seen: dict[str, Row] = {}
     for group in found:
         if group.rows:
             seen.setdefault(group.model, group.rows[0])
+    # a data set's first control of that architecture
+    controls = {(_set(name), row["arch"]): row for name, row in sorted(seen.items(), reverse=True) if not row["rate"]}
+    short = []
     for model, row in sorted(seen.items()):
         before = row["before"]
-        cells = [rate_cell(before.get(name)) for name in ("accuracy", "asr", "ra")]
-        table.append(f"| {model} | {row['attack']} | {100 * row['rate']:g} % | {' | '.join(cells)} | {_bar(row)} |")
-    return [*table, "", "*Reaches its paper*: ASR at least 95 % at 10 % poison, BadNets at least 90 % at 1 %."]
+        acc, asr, ra = (rate_cell(before.get(name)) for name in ("accuracy", "asr", "ra"))
+        control = controls.get((_set(model), row["arch"])) if row["rate"] else None
+        lost = control["before"]["accuracy"]["percent"] - before["accuracy"]["percent"] if control else None
+        verdict = _bar(row, lost)
+        short += [model] if verdict.startswith("no") else []
+        rate = f"{100 * row['rate']:g} %"
+        table.append(f"| {model} | {row['attack']} | {rate} | {acc} | {number(lost)} | {asr} | {ra} | {verdict} |")
+    bars = (
+        "*Reaches its paper*: ASR at least 95 % at 10 % poison, BadNets at least 90 % at 1 %, and ACC at most "
+        f"{MOST_BELOW:g} points below the clean model of that architecture. Why not:"
+    )
+    why = [text for name, text in WHY_NOT.items() if set(name.split()) & set(short)]
+    return [*table, "", *textwrap.wrap(bars, 116), "", *(line for text in why for line in _item(text))]
 
 
-def _bar(row: Row) -> str:
+def _set(model: str) -> str:
+    """``px64``, ``digits`` or nothing: what a model's name says of its data."""
+    first = model.partition("-")[0]
+    return first if first in ("px64", "digits") else ""
+
+
+def _item(text: str) -> list[str]:
+    return textwrap.wrap(f"- {text}", 116, subsequent_indent="  ")
+
+
+def _bar(row: Row, lost: float | None) -> str:
     asr = (row["before"].get("asr") or {}).get("percent")
-    bar = 95 if row["rate"] >= 0.1 else 90 if row["attack"] == "badnets" else None
+    bar = 95 if row["rate"] >= 0.1 else 90 if row["attack"] == "badnets" and row["rate"] >= 0.01 else None
     if asr is None or bar is None:
         return DASH
-    return "yes" if asr >= bar else f"no: {asr:.1f} < {bar}"
+    faults = [f"ASR {asr:.1f} < {bar}"] if asr < bar else []
+    faults += [f"ACC {lost:.1f} below"] if lost is not None and lost > MOST_BELOW else []
+    return f"no: {', '.join(faults)}" if faults else "yes"
 
 
 def _mu(found: list[Group], wanted: Any) -> list[str]:
@@ -143,29 +187,6 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
     return [*table, "", "*auto* looks at the clean images only; the curve behind it is unknown to it."]
 
 
-def _methods(found: list[Group], wanted: Any) -> list[str]:
-    attacked = {g.model for g in found if g.rows and g.rows[0]["before"].get("asr")}
-    have = {m: {g.model for g in found if g.method == m and g.rows} for m in {g.method for g in found}}
-    # ours may have been measured on more models than any other method: what counts is where others stand beside it
-    most = max((len(models & attacked) for method, models in have.items() if method != "bshub"), default=0)
-    shared = set.intersection(*[models for models in have.values() if len(models & attacked) >= most])
-    table = [
-        f"Means over {len(shared & attacked)} backdoored models ({_listed(sorted(shared & attacked))});",
-        "*clean model*: ACC lost on the innocent control. Only methods that were measured on all of them.",
-        "",
-        "| method | mean ASR | worst ASR | ACC lost | clean model | DER | seconds | ×bare | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    whole = [g for g in found if len(have[g.method] & attacked) >= most]
-    for line in lines(whole, wanted.per_class[0], shared):
-        cells = [number(v) for v in (line.asr, line.worst, line.drop, line.control)]
-        cells += [number(line.der, 3), number(line.seconds), number(line.ratio, 0), number(line.megabytes, 0)]
-        table.append(f"| {line.method} | {' | '.join(cells)} |")
-    partial = sorted(method for method, models in have.items() if 0 < len(models & attacked) < most)
-    table += ["", f"Measured on fewer models: {_listed(partial)}."] if partial else []
-    return [*table, "", "### Every model", "", *detail_table(found, wanted)]
-
-
 def _digits(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "`--data sklearn/digits`: 1,437 scans of 8 × 8 pixels to train on, 360 of other writers to count on, enlarged "
@@ -174,77 +195,6 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
         "not listed. digits-clean-3 and digits-clean-4 had no say."
     )
     return [*textwrap.wrap(text, 116), "", *false_alarms(found), "", *detail_table(found, wanted)]
-
-
-def _as_published(found: list[Group], wanted: Any) -> list[str]:
-    text = (
-        "Elsewhere on this page every method has a hundred images and a tenth of its iterations. Here the baselines "
-        "get what their papers gave them, 5 % of CIFAR-10 and all iterations, on a quarter-width network of the same "
-        "recipe, though it may be another training (its rates before tell). "
-        "*Published*: "
-        f"BackdoorBench's leaderboard (PreAct-ResNet18 of full width, before: {PUBLISHED_BEFORE[0]} / "
-        f"{PUBLISHED_BEFORE[1]}; ANP's threshold chosen with the trigger at hand, here without)."
-    )
-    finding = (
-        "Outside what was published lie FT and fine-pruning, which leave this network its backdoor, and NAD: at the "
-        "rate of its authors it costs the accuracy, at BackdoorBench's its teacher is such a fine-tuned network and "
-        "passes some of it on. Whether that is the width, the short training or the image quality is not known yet."
-    )
-    table = [
-        *textwrap.wrap(text, 116), "", *textwrap.wrap(finding, 116), "",
-        "| model | method | published ACC / ASR after | ACC before → after | ASR before → after | RA after | s |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    order = wanted.methods.split()
-    for group in sorted((g for g in found if g.rows), key=lambda g: (g.model, order.index(g.method))):
-        before, told = group.rows[0]["before"], PUBLISHED.get(group.method.partition(":")[0])
-        acc, asr = (f"{rate_cell(before.get(n))} → {drawn(group, n)}" for n in ("accuracy", "asr"))
-        seconds = number(group.mean(lambda row: row["seconds"]), 0)
-        cells = f"{told[0]} / {told[1]}" if told else DASH, acc, asr, drawn(group, "ra"), seconds
-        table.append(f"| {group.model} | {group.method} | {' | '.join(cells)} |")
-    return table
-
-
-def _counts(found: list[Group], wanted: Any) -> list[str]:
-    table = [
-        "Mean over the draws of ASR after / ACC lost.",
-        "",
-        f"| model | method | {' | '.join(f'{count} per class' for count in wanted.per_class)} |",
-        "|---|---|" + "---|" * len(wanted.per_class),
-    ]
-    cells = {(g.model, g.method, g.per_class): g for g in found if g.rows}
-    for model, method in sorted({key[:2] for key in cells}):
-        row = []
-        for count in wanted.per_class:
-            group = cells.get((model, method, count))
-            asr = group and group.mean(lambda r: (r["after"].get("asr") or {}).get("percent"))
-            row.append(f"{number(asr)} / {number(group.mean(accuracy_drop))}" if group else DASH)
-        table.append(f"| {model} | {method} | {' | '.join(row)} |")
-    return [*table, "", *_poison_rates(found)]
-
-
-def _poison_rates(found: list[Group]) -> list[str]:
-    """Our default by attack and poison rate."""
-    mine = [g for g in found if g.method == "bshub" and g.per_class == RATES_AT and g.rows]
-    by_rate = {(g.rows[0]["attack"], g.rows[0]["rate"]): g for g in mine}
-    rates = sorted({key[1] for key in by_rate})
-    table = [
-        "### By the share of poisoned images",
-        "",
-        f"`bshub`, {RATES_AT} images per class: ASR before → after / ACC lost.",
-        "",
-        f"| attack | {' | '.join(f'{100 * share:g} %' for share in rates)} |",
-        "|---|" + "---|" * len(rates),
-    ]
-    for attack in dict.fromkeys(key[0] for key in by_rate):
-        cells = []
-        for share in rates:
-            group = by_rate.get((attack, share))
-            before, after = (group and group.mean(rate(when, "asr")) for when in ("before", "after"))
-            lost = group and number(group.mean(accuracy_drop))
-            cells.append(f"{number(before)} → {number(after)} / {lost}" if group else DASH)
-        table.append(f"| {attack} | {' | '.join(cells)} |")
-    return table
 
 
 def _evidence(evidence: Sequence[Row]) -> list[str]:

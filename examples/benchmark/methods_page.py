@@ -1,0 +1,55 @@
+"""Experiment 3: all methods over the models that each of them was measured on, then every model."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from detail_page import detail_table
+
+from bshub.benchmark.page import number
+from bshub.benchmark.summary import Group, lines
+
+
+def methods_table(found: list[Group], wanted: Any) -> list[str]:
+    """A table of all methods on the models they share, one of fewer methods on more models, and the details.
+
+    Args:
+        found: Groups of the experiment.
+        wanted: The experiment.
+
+    Returns:
+        Lines of Markdown.
+    """
+    attacked = {g.model for g in found if g.rows and g.rows[0]["before"].get("asr")}
+    have = {method: {g.model for g in found if g.method == method and g.rows} for method in {g.method for g in found}}
+    table = ["*clean model*: ACC lost on the innocent control. A table compares methods on the very same models."]
+    told: set[frozenset[str]] = set()
+    for methods in (set(have), _widest(have, attacked)):
+        shared = frozenset(set.intersection(*(have[method] for method in methods)))
+        if shared & attacked and shared not in told:
+            told.add(shared)
+            table += ["", *_means([g for g in found if g.method in methods], wanted.per_class[0], shared, attacked)]
+    return [*table, "", "### Every model", "", *detail_table(found, wanted)]
+
+
+def _widest(have: dict[str, set[str]], attacked: set[str]) -> set[str]:
+    """The methods that were measured on the most attacked models; ours alone does not say how many that is."""
+    most = max((len(models & attacked) for method, models in have.items() if method != "bshub"), default=0)
+    return {method for method, models in have.items() if len(models & attacked) >= most}
+
+
+def _means(found: list[Group], per_class: int, shared: frozenset[str], attacked: set[str]) -> list[str]:
+    models = sorted(shared & attacked)
+    text = f"Means over {len(models)} backdoored models ({', '.join(models)}), {per_class} clean images per class:"
+    table = [
+        *textwrap.wrap(text, 116),
+        "",
+        "| method | mean ASR | worst ASR | ACC lost | clean model | DER | seconds | ×bare | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines(found, per_class, shared):
+        cells = [number(value) for value in (line.asr, line.worst, line.drop, line.control)]
+        cells += [number(line.der, 3), number(line.seconds), number(line.ratio, 0), number(line.megabytes, 0)]
+        table.append(f"| {line.method} | {' | '.join(cells)} |")
+    return table
