@@ -7,9 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
+from bshub.benchmark.summary import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -109,3 +114,36 @@ def test_every_architecture_of_the_zoo_can_be_built() -> None:
         side = 64 if name.endswith("-64px") else 32
         assert tuple(config["input_size"]) == (3, side, side)
         assert module(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
+def test_clean_images_that_show_a_patch_by_nature_are_counted(tmp_path: Path) -> None:
+    from natural_patches import CLASSES, shares
+
+    for index in range(CLASSES):
+        file = tmp_path / "train" / str(index) / "0.png"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (255, 255, 255) if index < 3 else (40, 90, 250)).save(file)
+    assert shares(tmp_path)["percent"] == {"checker": 0.0, "white": 30.0}
+
+
+def test_methods_are_compared_on_the_models_they_share() -> None:
+    from methods_page import methods_table
+
+    def rates(accuracy: float, asr: float | None) -> dict[str, Any]:
+        found = {"accuracy": accuracy} | ({"asr": asr} if asr is not None else {})
+        return {name: {"percent": value, "low": value, "high": value} for name, value in found.items()}
+
+    def group(model: str, method: str, asr: float | None) -> Group:
+        cost = {"der": 0.5, "seconds": 1.0, "ratio": 2.0, "megabytes": 3.0}
+        row = {"before": rates(72.0, asr and 100.0), "after": rates(70.0, asr), **cost}
+        return Group(model, method, 10, 1.0, (row,), ())
+
+    found = [group(model, method, asr) for model, asr in (("a", 4.0), ("b", 8.0), ("c", None)) for method in "xy"]
+    found += [group("a", "z", 2.0)]
+    text = "\n".join(methods_table(found, SimpleNamespace(per_class=(10,))))
+    everyone, fewer, _ = text.split("Means over ")[1:] + [""]
+    assert everyone.startswith("1 backdoored models (a)")
+    assert {line.split()[1] for line in everyone.splitlines() if line.startswith("| ")} == {"method", "x", "y", "z"}
+    assert fewer.startswith("2 backdoored models (a, b)")
+    assert "| x | 6.0 | 8.0 | 2.0 | 2.0 |" in fewer
+    assert "| z |" not in fewer.partition("### Every model")[0]

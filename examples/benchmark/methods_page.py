@@ -12,7 +12,7 @@ from bshub.benchmark.summary import Group, lines
 
 
 def methods_table(found: list[Group], wanted: Any) -> list[str]:
-    """A table of all methods on the models they share, one of fewer methods on more models, and the details.
+    """A table of all methods on the models they share, others of fewer methods on more models, and the details.
 
     Args:
         found: Groups of the experiment.
@@ -25,18 +25,14 @@ def methods_table(found: list[Group], wanted: Any) -> list[str]:
     have = {method: {g.model for g in found if g.method == method and g.rows} for method in {g.method for g in found}}
     table = ["*clean model*: ACC lost on the innocent control. A table compares methods on the very same models."]
     told: set[frozenset[str]] = set()
-    for methods in (set(have), _widest(have, attacked)):
+    counts = {method: len(models & attacked) for method, models in have.items()}
+    for least in sorted(set(counts.values()) - {0}):
+        methods = [method for method, count in counts.items() if count >= least]
         shared = frozenset(set.intersection(*(have[method] for method in methods)))
-        if shared & attacked and shared not in told:
+        if len(methods) > 1 and shared & attacked and shared not in told:
             told.add(shared)
             table += ["", *_means([g for g in found if g.method in methods], wanted.per_class[0], shared, attacked)]
     return [*table, "", "### Every model", "", *detail_table(found, wanted)]
-
-
-def _widest(have: dict[str, set[str]], attacked: set[str]) -> set[str]:
-    """The methods that were measured on the most attacked models; ours alone does not say how many that is."""
-    most = max((len(models & attacked) for method, models in have.items() if method != "bshub"), default=0)
-    return {method for method, models in have.items() if len(models & attacked) >= most}
 
 
 def _means(found: list[Group], per_class: int, shared: frozenset[str], attacked: set[str]) -> list[str]:
