@@ -119,10 +119,12 @@ def train(model: nn.Module, attack: Attack, schedule: Schedule, run: Run, label:
                     for group in optimizers[0].param_groups:
                         group["lr"] = schedule.lr * share
                     how = run, precision, layout
-                    total += _step(model, attack, optimizers, images, index, roles[index], generator, *how)
+                    loss = _step(model, attack, optimizers, images, index, roles[index], generator, *how)
+                    if not math.isfinite(loss):  # at once: an epoch may be a quarter of an hour
+                        where = f"in step {step + 1} of epoch {epoch + 1}"
+                        raise UsageError(f"the training diverged {where}", hint="try a smaller --lr")
+                    total += loss
                     advance(len(index))
-            if not math.isfinite(total):
-                raise UsageError(f"the training diverged in epoch {epoch + 1}", hint="try a smaller --lr")
             seconds = round(time.perf_counter() - start, 2)
             history.append({"loss": round(total / steps_each, 5), "seconds": seconds, "precision": precision})
             record = {"precision": precision, "history": history}
