@@ -27,8 +27,8 @@ ARCHITECTURES = {  # {w}: the width that is asked for; the others are small by t
 }
 # what a model's name begins with → its own data, and how many times the epochs: the digits are 35 times fewer images
 DATA = {"digits": (Path("sklearn/digits"), 5)}
-# architecture → share of the epochs and peak learning rate. VGG comes in its full width alone, where an epoch costs four
-# of the others' at quarter width, and without shortcuts it diverges at the rate of the others
+# architecture → share of the epochs and peak learning rate. VGG comes in its full width alone, where an epoch costs
+# four of the others' at quarter width, and without shortcuts it diverges at the rate of the others
 OWN = {"vgg11": (1 / 3, 0.05)}
 
 
