@@ -141,8 +141,8 @@ def test_methods_are_compared_on_the_models_they_share() -> None:
     found = [group(model, method, asr) for model, asr in (("a", 4.0), ("b", 8.0), ("c", None)) for method in "xy"]
     found += [group("a", "z", 2.0)]
     text = "\n".join(methods_table(found, SimpleNamespace(per_class=(10,))))
-    everyone, fewer, _ = text.split("Means over ")[1:] + [""]
-    assert everyone.startswith("1 backdoored models (a)")
+    everyone, fewer = text.split("Means over ")
+    assert "On a, 10 clean images per class:" in everyone
     assert {line.split()[1] for line in everyone.splitlines() if line.startswith("| ")} == {"method", "x", "y", "z"}
     assert fewer.startswith("2 backdoored models (a, b)")
     assert "| x | 6.0 | 8.0 | 2.0 | 2.0 |" in fewer

@@ -34,7 +34,10 @@ ATTACKED = tuple(f"{attack}-{rate}" for rate in RATES for attack in ATTACKS)
 LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
 AS_PUBLISHED = "ft fine-pruning nad nad:lr=0.01,epochs=10 anp ft:lr=0.05 clp clp:u=2.5 bnp i-bau rnp"
 LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
-DIGITS = tuple(f"digits-{n}" for n in ("badnets-10", "blended-10", "wanet-10", "sig-5", "clean", "clean-3", "clean-4"))
+DIGITS = tuple(
+    f"digits-{n}"
+    for n in ("badnets-10", "blended-10", "wanet-10", "sig-5", "input-aware-10", "clean", "clean-3", "clean-4")
+)
 MU = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 

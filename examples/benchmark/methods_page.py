@@ -37,7 +37,10 @@ def methods_table(found: list[Group], wanted: Any) -> list[str]:
 
 def _means(found: list[Group], per_class: int, shared: frozenset[str], attacked: set[str]) -> list[str]:
     models = sorted(shared & attacked)
-    text = f"Means over {len(models)} backdoored models ({', '.join(models)}), {per_class} clean images per class:"
+    where = (
+        f"Means over {len(models)} backdoored models ({', '.join(models)})" if len(models) > 1 else f"On {models[0]}"
+    )
+    text = f"{where}, {per_class} clean images per class:"
     table = [
         *textwrap.wrap(text, 116),
         "",

@@ -68,9 +68,9 @@ def _finding(found: list[Group]) -> list[str]:
         f"training images {shown['white']:.1f} % show the square and {shown['checker']:.1f} % the cells, within "
         f"{grey:g} grey levels ([patches.json](results/patches.json), `natural_patches.py`). At five times the rate it "
         f"leaves {left(checker, 'ft:lr=0.05')} and {left(white, 'ft:lr=0.05')} %. Batch norm makes a network blind to "
-        "the length of its weights, so that what counts is the rate over their squared length, which weight decay "
-        "shortens with every epoch; these networks had six, the published ones a hundred. "
-        "Fine-pruning and NAD's teacher contain the same fine-tuning.",
+        "the length of its weights: what counts is the rate over their squared length, which weight decay shortens "
+        "with every epoch, and these networks had six, the published ones a hundred. That the longer step works was "
+        "measured, the lengths were not. Fine-pruning and NAD's teacher contain the same fine-tuning.",
         "**NAD** at the rate of its authors (0.1 for two epochs) costs these networks their accuracy; at "
         "BackdoorBench's it inherits what its teacher was left with.",
         f"**CLP** asks for a bound three deviations above the layer's mean. Among {NARROWEST} filters none can lie "

@@ -39,9 +39,14 @@ WHY_NOT = {  # models → why their attack stays below its paper
         "sig and label-consistent at 10 % poison every image of the target class: no network sees it without the "
         "trigger, and the clean images of that class are lost. At 1 % their ACC is the clean model's."
     ),
+    "blended-10 wanet-10 input-aware-10 px64-badnets-10 px64-blended-10 px64-wanet-10": (
+        "ACC two to four points below, while the intervals of both figures are ± 1.8 points wide."
+    ),
+    "badnets-1": "badnets-1: an earlier training by the same recipe, on another processor, lay above the bar.",
     "wanet-10": "wanet-10: its paper trains 1,000 epochs, this is the state after six.",
-    "input-aware-10": (
-        "input-aware-10: its pattern network learns beside the classifier, for 600 epochs in its paper, six here."
+    "input-aware-10 digits-input-aware-10": (
+        "input-aware: its pattern network learns beside the classifier, for 600 epochs in its paper, six here (thirty "
+        "on digits)."
     ),
     "px64-wanet-10": "px64-wanet-10: the warp moves the mean pixel by a quarter of a pixel, as at 32 pixels.",
     "px64-sig-10": "px64-sig-10: six periods on 64 pixels are half as steep, and the stem halves the image twice.",
