@@ -53,7 +53,8 @@ WHY_NOT = {  # models → why their attack stays below its paper
     "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
 }
 OLDER = (  # models that were measured before the likeness and are gone
-    "wanet-10", "sig-10", "input-aware-10", "label-consistent-10", "blended-1", "wanet-1", "sig-1", "adaptive-10",
+    "wanet-10", "sig-10", "input-aware-10", "label-consistent-10", "label-consistent-1", "blended-1", "wanet-1", "sig-1",
+    "adaptive-10",
 )  # fmt: skip
 MOST_IMAGES = 50  # per class, in every section but the tenth
 
