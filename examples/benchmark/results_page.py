@@ -53,8 +53,8 @@ WHY_NOT = {  # models → why their attack stays below its paper
     "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
 }
 OLDER = (  # models that were measured before the likeness and are gone
-    "wanet-10", "sig-10", "input-aware-10", "label-consistent-10", "label-consistent-1", "blended-1", "wanet-1", "sig-1",
-    "adaptive-10",
+    "wanet-10", "sig-10", "input-aware-10", "label-consistent-10", "adaptive-10", "blended-1", "wanet-1", "sig-1",
+    "label-consistent-1",
 )  # fmt: skip
 MOST_IMAGES = 50  # per class, in every section but the tenth
 
@@ -206,7 +206,7 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
 def _evidence(evidence: Sequence[Row]) -> list[str]:
     names = list(evidence[0]["layers"][0]["spearman"])
     head = [
-        "Of an earlier training of these models, by the same recipes.",
+        "Of the models above, or of an earlier training by the same recipes.",
         "",
         "Mean over the layers of the rank correlation of each statistic with the trigger-activated change, and, in",
         f"brackets, of the share of a layer's 5 % most changed filters among its own top 5 %. "
