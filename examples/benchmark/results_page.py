@@ -63,7 +63,7 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     """The whole page; pictures go into the folder of the rows."""
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
-        "1": detail_table, "2": _mu, "3": methods_table, "4": counts_table, "5": detail_table, "7": default_tables,
+        "1": detail_table, "2": _mu, "3": methods_table, "4": counts_table, "5": _architectures, "7": default_tables,
         "8": held_out_tables, "9": _digits, "10": published_table,
     }  # fmt: skip
     folder = out.with_suffix("")
@@ -191,6 +191,17 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
         flagged = notes["counts"]["flagged"]
         table.append(f"| {group.model} | {mu} | {drawn(group, 'accuracy')} | {drawn(group, 'asr')} | {flagged} |")
     return [*table, "", "*auto* looks at the clean images only; the curve behind it is unknown to it."]
+
+
+def _architectures(found: list[Group], wanted: Any) -> list[str]:
+    text = (
+        "ResNet-34 and MobileNetV3 have quarter width or three quarters, DenseNet-121 a growth of 8 and blocks of 6, 12 "
+        "and 12 layers. VGG-11 with batch norm has its full width and was trained for two epochs, at half the learning "
+        "rate. **On it the default fails**: it finds a patch toward the right class, with a wide gap, but three filters "
+        "of a network without shortcuts already cost more than the accuracy budget, so that none is pruned, "
+        "and unlearning the trigger that was found does not reach the one that was planted."
+    )
+    return [*textwrap.wrap(text, 116), "", *detail_table(found, wanted)]
 
 
 def _digits(found: list[Group], wanted: Any) -> list[str]:
