@@ -22,7 +22,7 @@ from bshub.benchmark.evidence import hit_rate, judge_statistics, spearman
 from bshub.benchmark.grid import Grid, cells_of, chosen_tests, open_victim, unseen
 from bshub.benchmark.methods import parse_method
 from bshub.benchmark.page import results_page
-from bshub.benchmark.plots import _by_count, _trade
+from bshub.benchmark.plots import _by_count, _mu_curve, _trade
 from bshub.benchmark.rows import Cell, Rows
 from bshub.benchmark.summary import Group, groups, lines
 from bshub.errors import UsageError
@@ -184,6 +184,17 @@ def test_the_page_shows_intervals_of_one_draw_and_the_range_of_several() -> None
     assert "88.0 (87.0–89.0, 2 draws)" in page
     assert "90.0 [89.0, 91.0]" in page
     assert "| x | 1 | 20.0 | 20.0 | 2.0 |" in page
+
+
+def test_what_auto_chose_stands_beside_the_curve_of_as_many_images() -> None:
+    def of(method: str, mu: float, per_class: int) -> dict[str, Any]:
+        row = row_of("a", method, 10, 89)
+        return {**row, "cell": {**row["cell"], "per_class": per_class}, "notes": {"mu": mu}}
+
+    rows = [of("bshub:mu=1.0", 1.0, 10), of("bshub:mu=3.0", 3.0, 10), of("bshub", 2.0, 10), of("bshub", 5.0, 1)]
+    assert {(point["mu"], point["chosen"]) for point in _mu_curve(groups(rows))} == {
+        (1.0, False), (3.0, False), (2.0, True),
+    }  # fmt: skip
 
 
 def test_a_method_that_fails_leaves_its_reason(victims: tuple[Path, Path], data: Path, tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ def _trade(found: Sequence[Group]) -> tuple[int, list[dict[str, Any]]]:
 
 
 def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
-    """Rows of ``bshub:mu=…`` and the plain ``bshub`` of the same model beside them."""
-    points = []
+    """Rows of ``bshub:mu=…``, and beside them the plain ``bshub`` of the same model with as many clean images."""
+    points: list[dict[str, Any]] = []
+    swept = set()
     for group in found:
         name, _, options = group.method.partition(":")
         if name != "bshub" or (options and not options.startswith("mu=")) or "," in options:
@@ -77,11 +78,13 @@ def _mu_curve(found: Sequence[Group]) -> list[dict[str, Any]]:
         mu = float(options.removeprefix("mu=")) if options else group.mean(lambda row: row["notes"]["mu"])
         if mu is None or mu > MOST_MU:  # auto may have found nothing to remove
             continue
+        where = {"model": group.model, "per_class": group.per_class}
+        if options:
+            swept.add(tuple(where.values()))
         for figure, kind in (("asr", "ASR"), ("accuracy", "ACC")):
             value = group.mean(rate("after", figure))
-            points.append({"model": group.model, "mu": mu, "chosen": not options, "kind": kind, "percent": value})
-    swept = {point["model"] for point in points if not point["chosen"]}
-    return [point for point in points if point["model"] in swept]
+            points.append({**where, "mu": mu, "chosen": not options, "kind": kind, "percent": value})
+    return [point for point in points if (point["model"], point["per_class"]) in swept]
 
 
 def _by_count(found: Sequence[Group]) -> list[dict[str, Any]]:
