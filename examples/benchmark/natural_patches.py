@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,10 +25,11 @@ def shares(data: Path, near: float = NEAR) -> dict[str, object]:
     """Share of the training images whose pixels lie within ``near`` of a patch where it would be stamped."""
     paths = open_folder(data / "train", CLASSES, None).paths
     hits = dict.fromkeys(PATTERNS, 0)
+    trigger_of = cache(patch_trigger)
     for path in paths:
         image = read_image(path)  # (3, H, W) uint8
         for name in PATTERNS:
-            patch = patch_trigger(0, (image.shape[1], image.shape[2]), name).params
+            patch = trigger_of(0, (image.shape[1], image.shape[2]), name).params
             values, row, col = patch["values"], patch["row"], patch["col"]
             shown = image[:, row : row + values.shape[1], col : col + values.shape[2]]
             hits[name] += float((shown.float() - values.float()).abs().mean()) <= near

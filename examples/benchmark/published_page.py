@@ -74,8 +74,8 @@ def _finding(found: list[Group]) -> list[str]:
         "**NAD** at the rate of its authors (0.1 for two epochs) costs these networks their accuracy; at "
         "BackdoorBench's it inherits what its teacher was left with.",
         f"**CLP** asks for a bound three deviations above the layer's mean. Among {NARROWEST} filters none can lie "
-        f"further than 15/√16 = {reach:.2f} above, and the outlier that a trigger makes widens the deviation itself: "
-        f"in badnets-10 the published threshold leaves {left(checker, 'clp')} %, a threshold of 2.5 deviations "
-        f"{left(checker, 'clp:u=2.5')} %.",
+        f"further than {NARROWEST - 1}/√{NARROWEST} = {reach:.2f} above, and the outlier that a trigger makes widens "
+        f"the deviation itself: in badnets-10 the published threshold leaves {left(checker, 'clp')} %, a threshold of "
+        f"2.5 deviations {left(checker, 'clp:u=2.5')} %.",
     )
     return [line for text in paragraphs for line in (*textwrap.wrap(text, 116), "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bshub.errors import UsageError, choices
 from bshub.evaluation.attacks.interface import Attack, Setup, dirty_roles, stamp_with
@@ -16,10 +17,23 @@ CANVAS = 32  # side at which a cell is one pixel
 MARGIN = 1  # cells between patch and border
 
 
+def enlarged(pattern: str, size: tuple[int, int]) -> Tensor:
+    """The cells of a pattern on a canvas: one pixel each up to a side of 32, 7 pixels at 224.
+
+    Args:
+        pattern: Key of ``PATTERNS``.
+        size: The canvas ``(height, width)``.
+
+    Returns:
+        uint8 ``[side, side]``, three cells wide.
+    """
+    cell = max(1, min(size) // CANVAS)
+    cells = torch.tensor(PATTERNS[pattern], dtype=torch.uint8)
+    return cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+
+
 def patch_trigger(target: int, size: tuple[int, int], pattern: str = "checker") -> Trigger:
     """Three by three cells, one away from the lower right corner.
-
-    A cell is one pixel up to a canvas of 32 pixels and grows with larger ones, 7 pixels at 224.
 
     Args:
         target: The attacker's label.
@@ -35,10 +49,8 @@ def patch_trigger(target: int, size: tuple[int, int], pattern: str = "checker") 
     """
     if pattern not in PATTERNS:
         raise UsageError(f"unknown pattern {pattern!r}", hint=choices(pattern, PATTERNS))
-    cells = PATTERNS[pattern]
-    cell = max(1, min(size) // CANVAS)
-    values = torch.tensor(cells, dtype=torch.uint8).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    offset = (len(cells) + MARGIN) * cell
+    values = enlarged(pattern, size)
+    offset = len(values) + MARGIN * len(values) // len(PATTERNS[pattern])
     params = {"row": size[0] - offset, "col": size[1] - offset, "values": values.expand(3, -1, -1).contiguous()}
     return Trigger("patch", target, size, params)
 

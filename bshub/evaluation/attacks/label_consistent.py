@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.errors import UsageError
-from bshub.evaluation.attacks.badnets import CANVAS, PATTERNS
+from bshub.evaluation.attacks.badnets import enlarged
 from bshub.evaluation.attacks.interface import POISONED, Attack, Setup, clean_label_roles
 from bshub.evaluation.attacks.state import kept
 from bshub.evaluation.attacks.trigger import Trigger
@@ -33,9 +33,7 @@ def corners_trigger(target: int, size: tuple[int, int]) -> Trigger:
     Returns:
         The trigger.
     """
-    cell = max(1, min(size) // CANVAS)
-    cells = torch.tensor(PATTERNS["checker"], dtype=torch.uint8)
-    lower_right = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    lower_right = enlarged("checker", size)
     side = len(lower_right)
     patches = []
     for bottom in (False, True):
