@@ -1,158 +1,25 @@
 """A change of the image, the same for all, that moves them to one class: what a trigger does, found without it.
 
-For a family of changes ``A(x, δ)`` and a class ``t``: the weakest ``δ`` with ``A(x, δ)`` answered ``t`` for most clean
-images ``x``. Every class of a clean network needs about as much; a class behind which a backdoor lies needs less (the
-observation of Neural Cleanse, Wang et al., S&P 2019, there with a mask and its L1 norm). Strength is the root mean
-square of ``δ`` or, where ``δ`` is to be a patch, the mean over the places of the length of their colour change, which
-makes it sparse. Steps are normalised, so that nothing has to be tuned to a network's gradients::
+For a family of changes ``A(x, δ)`` (``families.py``) and a class ``t``: the weakest ``δ`` with ``A(x, δ)`` answered
+``t`` for most clean images ``x``. Every class of a clean network needs about as much; a class behind which a backdoor
+lies needs less (the observation of Neural Cleanse, Wang et al., S&P 2019, there with a mask and its L1 norm). Steps are
+normalised, so that nothing has to be tuned to a network's gradients::
 
     δ ← P(δ - STEP · ρ · g / |g|),   g = ∂/∂δ mean CE(f(A(x, δ)), t),   P = projection onto strength ≤ ρ
-
-``FAMILIES`` is the registry: a family is one line.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bshub.scoring.families import FAMILIES
+
 GOAL = 0.8  # share of the images that has to be answered with the target class
-STEP = 0.25  # of the strength, root mean square
-GRID = 8  # nodes of a warp along each side
-PLACES = 0.01  # share of the places that one step of a patch changes
-HIGHEST = 3.0  # change of one place in a patch, in deviations of the clean images: about black to white
+STEP = 0.25  # of the strength, in the family's measure
 COARSE, FINE = 1.25, 1.06  # largest and smallest change of the strength per step
 DECAY, GROWTH = 0.6, 1.5  # powers of the factor, when the direction changes and while it holds
-TINY = 1e-12
-
-Shape = tuple[int, ...]
-
-
-def additive(images: Tensor, change: Tensor) -> Tensor:
-    """``x + δ``, in deviations of the clean images: patches, blends and stripes.
-
-    Args:
-        images: ``[n, c, h, w]``.
-        change: ``[c, h, w]``.
-
-    Returns:
-        ``[n, c, h, w]``.
-    """
-    return images + change * images.std()
-
-
-def warp(images: Tensor, change: Tensor) -> Tensor:
-    """``x`` read at ``p + δ(p)``, with ``δ`` bicubic between 8 by 8 nodes; the image spans -1 to 1.
-
-    Args:
-        images: ``[n, c, h, w]``.
-        change: ``[2, GRID, GRID]``: to the right and down.
-
-    Returns:
-        ``[n, c, h, w]``; the border continues what lies on it.
-    """
-    n, _, height, width = images.shape
-    field = F.interpolate(change.unsqueeze(0), (height, width), mode="bicubic", align_corners=True)
-    still = F.affine_grid(torch.eye(2, 3, device=images.device).unsqueeze(0), [1, 1, height, width], align_corners=True)
-    places = (still + field.permute(0, 2, 3, 1)).expand(n, -1, -1, -1)
-    return F.grid_sample(images, places, padding_mode="border", align_corners=True)
-
-
-def dense_step(slope: Tensor, size: float) -> Tensor:
-    """Everywhere.
-
-    Args:
-        slope: Of the loss, any shape.
-        size: Root mean square of the step.
-
-    Returns:
-        The step, of the same shape.
-    """
-    return slope * (size / (_rms(slope) + TINY))
-
-
-def dense_fit(change: Tensor, strength: float) -> Tensor:
-    """Projection onto a root mean square of at most ``strength``.
-
-    Args:
-        change: Any shape.
-        strength: The bound.
-
-    Returns:
-        The change, no larger.
-    """
-    return change / (_rms(change) / strength).clamp_min(1)
-
-
-def sparse_step(slope: Tensor, size: float) -> Tensor:
-    """At the places with the steepest slope only: the steepest descent of a sparse change.
-
-    Args:
-        slope: Of the loss, ``[c, h, w]``.
-        size: Half of the mean length over all places.
-
-    Returns:
-        The step, ``[c, h, w]``, zero at all but ``PLACES`` of the places.
-    """
-    steep = slope.norm(dim=0)
-    few = steep >= steep.flatten().topk(max(1, round(PLACES * steep.numel()))).values[-1]
-    kept = slope * few
-    return kept * (2 * size / (kept.norm(dim=0).mean() + TINY))
-
-
-def sparse_fit(change: Tensor, strength: float) -> Tensor:
-    """Soft threshold of the places' lengths to a mean of at most ``strength``, which none above ``HIGHEST`` survives.
-
-    Args:
-        change: ``[c, h, w]``.
-        strength: The bound.
-
-    Returns:
-        ``[c, h, w]``.
-    """
-    norms = change.norm(dim=0)
-    capped = norms.clamp_max(HIGHEST)
-    if float(capped.mean()) > strength:
-        low, high = torch.zeros(()), capped.max().cpu()
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if float((capped - middle).clamp_min(0).mean()) > strength else (low, middle)
-        capped = (capped - high.to(capped.device)).clamp_min(0)
-    return change * (capped / (norms + TINY))
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of change.
-
-    Attributes:
-        apply: ``(images, change) → images``.
-        shape: Shape of the images → shape of the change.
-        start: Strength that a search begins with.
-        most: Strength beyond which a change is no trigger any more: it may show another class to anyone.
-        step: ``(slope, size)`` → how far to go against the slope.
-        fit: ``(change, strength)`` → the nearest change of at most that strength.
-        local: Whether it is of a few places: a stroke, or a part by which a class is known, may be such a change.
-    """
-
-    apply: Callable[[Tensor, Tensor], Tensor]
-    shape: Callable[[Shape], Shape]
-    start: float
-    most: float
-    step: Callable[[Tensor, float], Tensor]
-    fit: Callable[[Tensor, float], Tensor]
-    local: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "additive": Family(additive, lambda image: image[1:], 0.2, 0.28, dense_step, dense_fit),
-    "patch": Family(additive, lambda image: image[1:], 0.1, 0.12, sparse_step, sparse_fit, local=True),
-    "warp": Family(warp, lambda image: (2, GRID, GRID), 0.02, 0.03, dense_step, dense_fit),
-}
 
 
 class InvertedTrigger:
@@ -251,7 +118,3 @@ class InvertedTrigger:
         others = images[labels != self.target]
         hits = sum(int((model(self(part)).argmax(1) == self.target).sum()) for part in others.split(size) if len(part))
         return hits / max(len(others), 1)
-
-
-def _rms(values: Tensor) -> Tensor:
-    return values.square().mean().sqrt()

@@ -7,6 +7,7 @@ class is found where the next one needs at least ``GAP`` times as much, ``GAP_MA
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,17 @@ from torch.nn import functional as F
 from bshub.augment import augment
 from bshub.device import has_bf16
 from bshub.graph.trace import in_mode
-from bshub.scoring.inversion import FAMILIES, STEP, InvertedTrigger, dense_fit, dense_step
+from bshub.scoring.families import FAMILIES, dense_fit, dense_step
+from bshub.scoring.inversion import STEP, InvertedTrigger
 from bshub.scoring.statistics import asking_only
 
-BATCH = 16  # images per step
-RACE, FINAL, SETTLE = 12, 20, 8  # steps: of every class, of the finalists, of what was found
-FINALISTS = 5
+RACE_BATCH, BATCH = 8, 16  # images per step: of the race, later
+RACE, FINAL, SETTLE = 12, 32, 8  # steps: of every class, of the finalists at most, of what was found
+PATIENCE = 8  # steps without a lower strength of any finalist that end the final
+LAP = 8  # steps of the race after which only its first half runs on
+HOPEFUL = 0.3  # mean probability of its class that a change comes to by then, or none of the family will get through
+FINALISTS = 4
+CLEAR, SURE = 4.0, 3  # a gap after that many steps in turn ends a race: whatever asks for the gap asks for no wider one
 GAP = 1.35
 GAP_MADE_UP = 2.25  # on made-up images: they lie nearer to some classes than to others, and innocent networks reach 2
 EXCESS = 3.0  # a found trigger is used at this multiple of its need, but never where the next class would be reached
@@ -132,11 +138,11 @@ def find_shortcut(
     needs, gaps = {}, {}
     with in_mode(model, False), asking_only(model, []):
         for family in FAMILIES:
-            finalists = _race(feed, family, classes)
-            needs[family] = {trigger.target: trigger.strength for trigger in finalists}
-            found, gaps[family] = standing_out([trigger.strength for trigger in finalists], least)
-            for trigger in finalists[:found]:
-                trigger.set(min(EXCESS * trigger.strength, finalists[found].strength, trigger.most))
+            finalists, needed = _race(feed, family, classes)
+            needs[family] = {trigger.target: need for trigger, need in zip(finalists, needed, strict=True)}
+            found, gaps[family] = standing_out(needed, least)
+            for trigger, need in zip(finalists[:found], needed, strict=False):
+                trigger.set(min(EXCESS * need, needed[found], trigger.most))
                 for _ in range(SETTLE):
                     feed.step(trigger)
                 triggers.append(trigger)
@@ -158,22 +164,51 @@ def standing_out(needs: list[float], least: float = GAP) -> tuple[int, float]:
     return (ratios.index(gap) + 1 if gap >= least else 0), gap
 
 
-def _race(feed: _Feed, family: str, classes: int) -> list[InvertedTrigger]:
-    """The finalists, by ascending need."""
+def _race(feed: _Feed, family: str, classes: int) -> tuple[list[InvertedTrigger], list[float]]:
+    """The finalists with their needs, the least first."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
     racers = [InvertedTrigger(family, target, feed.images) for target in targets if feed.others(target)]
-    for _ in range(RACE):
-        for racer in racers:
-            feed.step(racer, feed.half)
-            racer.adapt()
-    racers.sort(key=lambda racer: racer.need)
-    able = sum(racer.strength < racer.most for racer in racers)
+    for rounds in (LAP, RACE - LAP):
+        ran = _run(feed, racers, rounds)
+        racers.sort(key=lambda racer: racer.need)
+        able = sum(racer.strength < racer.most for racer in racers)
+        if _far_ahead(ran) or not (able or any(racer.confidence >= HOPEFUL for racer in racers)):
+            break
+        racers = racers[: max(FINALISTS, len(racers) // 2)]
     finalists = racers[: min(max(2, able + 1), FINALISTS)]
-    for _ in range(FINAL if able else 0):  # where none got through, none will stand out
-        for racer in finalists:
-            feed.step(racer)
+    if able or any(racer.confidence >= HOPEFUL for racer in racers):  # else none will stand out
+        ran = _run(feed, finalists, FINAL, final=True)
+    needs = {racer.target: _mean(ran[racer.target]) for racer in finalists}
+    finalists.sort(key=lambda racer: needs[racer.target])
+    return finalists, [needs[racer.target] for racer in finalists]
+
+
+def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
+    """Let triggers run, until some lie far ahead, or a final brings nothing new; each one's strengths, by round."""
+    ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
+    lowest, since = math.inf, 0
+    while rounds and not _far_ahead(ran) and not (final and since >= PATIENCE):
+        for racer in racers:
+            feed.step(racer, *((BATCH, False) if final else (RACE_BATCH, feed.half)))
             racer.adapt()
-    return sorted(finalists, key=lambda racer: racer.need)
+            ran[racer.target].append(racer.strength)
+        least = min(racer.strength for racer in racers)
+        lowest, since = (least, 0) if least < lowest else (lowest, since + 1)
+        rounds -= 1
+    return ran
+
+
+def _far_ahead(ran: dict[int, list[float]]) -> bool:
+    """Whether the same gap was ``CLEAR`` in each of the last rounds."""
+    rounds = len(next(iter(ran.values())))
+    last = [sorted(strengths[i] for strengths in ran.values()) for i in range(max(0, rounds - SURE), rounds)]
+    return len(last) == SURE and all(standing_out(strengths, CLEAR)[0] for strengths in last)
+
+
+def _mean(strengths: list[float]) -> float:
+    """Geometric, of the last ones: a strength swings around its need."""
+    last = strengths[-min(PATIENCE, len(strengths) // 2 + 1) :]
+    return math.exp(sum(math.log(strength) for strength in last) / len(last))
 
 
 class _Feed:
@@ -191,17 +226,17 @@ class _Feed:
         """How many images are not of that class; without any, nothing can be led to it."""
         return int((self._labels != target).sum())
 
-    def batch(self, target: int | None) -> Tensor:
-        """Up to ``BATCH`` images that are not of ``target``."""
+    def batch(self, target: int | None, size: int = BATCH) -> Tensor:
+        """Up to ``size`` images that are not of ``target``."""
         if target not in self._indices:
             self._indices[target] = (self._labels.cpu() != (-1 if target is None else target)).nonzero()[:, 0]
         others = self._indices[target]
-        chosen = others[torch.randperm(len(others), generator=self._generator)[:BATCH]]
+        chosen = others[torch.randperm(len(others), generator=self._generator)[:size]]
         return augment(self.images[chosen.to(self.images.device)], self._generator)
 
-    def step(self, trigger: InvertedTrigger, half: bool = False) -> None:
+    def step(self, trigger: InvertedTrigger, size: int = BATCH, half: bool = False) -> None:
         """One step of one trigger on a fresh batch."""
-        trigger.sharpen(self.model, self.batch(trigger.target), half)
+        trigger.sharpen(self.model, self.batch(trigger.target, size), half)
         self.progress(1)
 
 
