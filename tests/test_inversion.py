@@ -16,7 +16,8 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.repair.finetune import FEWEST_STEPS, Schedule, epochs_of
 from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
-from bshub.scoring.inversion import FAMILIES, HIGHEST, InvertedTrigger
+from bshub.scoring.families import FAMILIES, HIGHEST
+from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.selection import MU_NOTHING
 from bshub.scoring.shortcut import GAP, SCREENED, _Feed, candidates, find_shortcut, standing_out, total_steps

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bshub.augment import augment
+from bshub.augment import augment, mix
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 from bshub.parallel import Workers
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARM_UP = 0.1
-FEWEST_STEPS = 40  # where a trigger is unlearned; ten images give one step a pass
+FEWEST_STEPS = 24  # where a trigger is unlearned; ten images give one step a pass
 UNLEARNING_RATE = 4.0  # times the learning rate, where a trigger is unlearned
 MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
@@ -172,6 +172,7 @@ def repair(
             order = torch.randperm(len(images), generator=generator).split(schedule.batch_size)
             for turn, index in enumerate(order, epoch * each):
                 batch, mine = augment(images[index], generator), workers.part(len(index))
+                batch = mix(batch, generator) if triggers else batch  # alone, few images are learned by heart
                 stamped = (
                     _stamped(model, triggers[turn % len(triggers)], batch, labels[index])[mine] if triggers else None
                 )

@@ -19,7 +19,7 @@ from bshub.scoring.response import mean_maps
 
 MOST = 128  # images of the class, and of the others
 FEWEST = 5  # images of the class; one or two show themselves more than their class
-LIKE = 0.31  # from which a trigger is like its class: backdoors came to 0.27 at most, natural ways to 0.35 at least
+LIKE = 0.27  # from which a trigger is like its class: backdoors came to 0.24 at most, natural ways (but one) to 0.28
 NATURAL = 4.0  # a gap beyond which likeness is no excuse: natural ways came to 2.7
 TINY = 1e-6
 
