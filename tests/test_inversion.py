@@ -20,7 +20,20 @@ from bshub.scoring.families import FAMILIES, HIGHEST
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.selection import MU_NOTHING
-from bshub.scoring.shortcut import GAP, SCREENED, _Feed, candidates, find_shortcut, standing_out, total_steps
+from bshub.scoring.shortcut import (
+    FINAL,
+    GAP,
+    PATIENCE,
+    SCREENED,
+    SURE,
+    _Feed,
+    _mean,
+    _run,
+    candidates,
+    find_shortcut,
+    standing_out,
+    total_steps,
+)
 from bshub.settings import Settings
 
 TARGET, CLASSES, FILTERS, SIZE = 2, 6, 24, 16
@@ -142,6 +155,34 @@ def test_the_search_repeats_itself_and_leaves_the_network_alone() -> None:
     assert all(torch.equal(a.change, b.change) for a, b in zip(first.triggers, second.triggers, strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert flags == [p.requires_grad for p in model.parameters()] and not model.training
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_race_ends_once_a_class_lies_far_ahead_and_a_final_also_once_none_comes_lower(
+    final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bshub.scoring.shortcut.CLEAR", 1.5)
+    model = Planted(backdoor=True)
+    feed = _Feed(model, *clean_images(model), 0, lambda steps: None)
+    leader, other = (InvertedTrigger("additive", target, feed.images) for target in (TARGET, TARGET + 1))
+    for _ in range(30):
+        feed.step(leader)
+        leader.adapt()
+    assert leader.strength * 1.5 < other.most
+    other.set(other.most)
+    ran = _run(feed, [leader, other], rounds=FINAL, final=final)
+    assert len(ran[TARGET]) == SURE
+    stuck = [InvertedTrigger("warp", target, feed.images) for target in range(2)]  # colours do not mind a warp
+    rounds = len(_run(feed, stuck, rounds=FINAL, final=final)[0])
+    assert all(trigger.strength == trigger.most for trigger in stuck)
+    assert rounds == FINAL if not final else PATIENCE <= rounds < FINAL
+
+
+@given(need=st.floats(0.01, 1), swings=st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=40))
+def test_a_need_lies_among_the_last_strengths(need: float, swings: list[float]) -> None:
+    strengths = [need * 1.1**swing for swing in swings]
+    last = strengths[-PATIENCE:]
+    assert min(last) * (1 - 1e-9) <= _mean(strengths) <= max(last) * (1 + 1e-9)
 
 
 def test_the_progress_never_passes_what_was_announced() -> None:

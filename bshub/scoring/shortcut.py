@@ -1,8 +1,10 @@
 """Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
 
 All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
-ones that need least run on. The race is run in bfloat16 where the processor has it: it only orders the classes. A
-class is found where the next one needs at least ``GAP`` times as much, ``GAP_MADE_UP`` times on made-up images.
+ones that need least run on, as long as one of them comes lower. The race is run on half the images, and in bfloat16
+where the processor has it: it only orders the classes. A need is a mean over the last steps, since a strength swings
+around it: so the needs of innocent classes came to within a factor of 1.2. A class is found where the next one needs at
+least ``GAP`` times as much, ``GAP_MADE_UP`` times on made-up images.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ PATIENCE = 8  # steps without a lower strength of any finalist that end the fina
 LAP = 8  # steps of the race after which only its first half runs on
 HOPEFUL = 0.3  # mean probability of its class that a change comes to by then, or none of the family will get through
 FINALISTS = 4
-CLEAR, SURE = 4.0, 3  # a gap after that many steps in turn ends a race: whatever asks for the gap asks for no wider one
+CLEAR, SURE = 4.0, 3  # a gap that ends a race after so many steps in turn: nobody asks for a wider one
 GAP = 1.35
 GAP_MADE_UP = 2.25  # on made-up images: they lie nearer to some classes than to others, and innocent networks reach 2
 EXCESS = 3.0  # a found trigger is used at this multiple of its need, but never where the next class would be reached
@@ -172,11 +174,12 @@ def _race(feed: _Feed, family: str, classes: int) -> tuple[list[InvertedTrigger]
         ran = _run(feed, racers, rounds)
         racers.sort(key=lambda racer: racer.need)
         able = sum(racer.strength < racer.most for racer in racers)
-        if _far_ahead(ran) or not (able or any(racer.confidence >= HOPEFUL for racer in racers)):
+        hopeful = able > 0 or any(racer.confidence >= HOPEFUL for racer in racers)
+        if _far_ahead(ran) or not hopeful:
             break
         racers = racers[: max(FINALISTS, len(racers) // 2)]
     finalists = racers[: min(max(2, able + 1), FINALISTS)]
-    if able or any(racer.confidence >= HOPEFUL for racer in racers):  # else none will stand out
+    if hopeful:  # else none will stand out
         ran = _run(feed, finalists, FINAL, final=True)
     needs = {racer.target: _mean(ran[racer.target]) for racer in finalists}
     finalists.sort(key=lambda racer: needs[racer.target])
@@ -184,17 +187,19 @@ def _race(feed: _Feed, family: str, classes: int) -> tuple[list[InvertedTrigger]
 
 
 def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
-    """Let triggers run, until some lie far ahead, or a final brings nothing new; each one's strengths, by round."""
+    """Let triggers run, until some lie far ahead or a final brings nothing new; the strengths of each, by round."""
     ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
+    size, half = (BATCH, False) if final else (RACE_BATCH, feed.half)
     lowest, since = math.inf, 0
-    while rounds and not _far_ahead(ran) and not (final and since >= PATIENCE):
+    for _ in range(rounds):
         for racer in racers:
-            feed.step(racer, *((BATCH, False) if final else (RACE_BATCH, feed.half)))
+            feed.step(racer, size, half)
             racer.adapt()
             ran[racer.target].append(racer.strength)
         least = min(racer.strength for racer in racers)
         lowest, since = (least, 0) if least < lowest else (lowest, since + 1)
-        rounds -= 1
+        if _far_ahead(ran) or (final and since >= PATIENCE):
+            break
     return ran
 
 
