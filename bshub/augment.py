@@ -1,4 +1,4 @@
-"""More images out of few: flips and small shifts, which do not change what an image shows, and mixtures of two."""
+"""More images out of few: flips and small shifts, which do not change what an image shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHIFT = 1 / 16  # of the image's side, in each direction
-MAIN = 0.5  # least share of a mixture that is the image itself
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -33,22 +32,3 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
             for image, top, left in zip(padded, tops, lefts, strict=True)
         ]
     )
-
-
-def mix(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image with up to half of another of the batch in it: ``λ x_i + (1 - λ) x_j``, ``λ`` from ``MAIN`` to 1.
-
-    For a network that learns from another one's answers, which also answers to these (mixup, Zhang et al., ICLR 2018;
-    without labels, Beyer et al., *Knowledge distillation: a good teacher is patient and consistent*, CVPR 2022).
-
-    Args:
-        images: ``(n, c, h, w)``.
-        generator: Source of the choices, on the CPU.
-
-    Returns:
-        A new tensor of the same shape.
-    """
-    n = len(images)
-    own = MAIN + (1 - MAIN) * torch.rand(n, 1, 1, 1, generator=generator).to(images.device)
-    others = images[torch.randperm(n, generator=generator).to(images.device)]
-    return own * images + (1 - own) * others

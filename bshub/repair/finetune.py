@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bshub.augment import augment, mix
+from bshub.augment import augment
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 from bshub.parallel import Workers
@@ -172,7 +172,6 @@ def repair(
             order = torch.randperm(len(images), generator=generator).split(schedule.batch_size)
             for turn, index in enumerate(order, epoch * each):
                 batch, mine = augment(images[index], generator), workers.part(len(index))
-                batch = mix(batch, generator) if triggers else batch  # alone, few images are learned by heart
                 stamped = (
                     _stamped(model, triggers[turn % len(triggers)], batch, labels[index])[mine] if triggers else None
                 )

@@ -40,7 +40,7 @@ WHY_NOT = {  # models → why their attack stays below its paper
         "trigger, and the clean images of that class are lost. At 1 % their ACC is the clean model's."
     ),
     "blended-10 wanet-10 input-aware-10 px64-badnets-10 px64-blended-10 px64-wanet-10": (
-        "ACC two to four points below, while the intervals of both figures are ± 1.8 points wide."
+        "ACC two to five points below, while the intervals of both figures are ± 1.8 points wide."
     ),
     "badnets-1": "badnets-1: an earlier training by the same recipe, on another processor, lay above the bar.",
     "wanet-10": "wanet-10: its paper trains 1,000 epochs, this is the state after six.",
