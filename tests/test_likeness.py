@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.scoring import response
-from bshub.scoring.confirmation import UNDOUBTED, confirm
+from bshub.scoring.confirmation import UNSEEN, confirm
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.likeness import FEWEST, LIKE, NATURAL, likeness
 from bshub.scoring.response import activated_change, mean_maps
@@ -95,7 +95,7 @@ def test_a_natural_way_is_set_aside_unless_its_gap_is_beyond_what_is_natural_or_
 
 
 @pytest.mark.parametrize(("family", "gap", "believed"), [
-    ("patch", UNDOUBTED - 0.01, False), ("patch", UNDOUBTED, True), ("additive", 1.5, True),
+    ("patch", UNSEEN - 0.01, False), ("patch", UNSEEN, True), ("additive", 1.5, True),
 ])  # fmt: skip
 def test_with_too_few_images_of_the_class_a_patch_needs_a_wide_gap(
     net: tuple[nn.Module, Pairing, Tensor, Tensor], family: str, gap: float, believed: bool

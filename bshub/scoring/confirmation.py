@@ -29,6 +29,7 @@ from bshub.scoring.shortcut import GAP_MADE_UP, Shortcut
 SHOWN = 256  # images that the answer to a trigger is averaged over
 PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
+UNSEEN = 3.0  # a gap from which a change of a few places counts where images are too few to see a natural way: 2.7
 
 
 def confirm(
@@ -84,7 +85,7 @@ def confirm(
 def _natural(trigger: InvertedTrigger, gap: float, like: float | None) -> bool:
     """Whether a trigger of a gap below ``NATURAL`` is, or may be, the natural way to its class."""
     if like is None:
-        return trigger.local and gap < UNDOUBTED
+        return trigger.local and gap < UNSEEN
     return like >= LIKE
 
 

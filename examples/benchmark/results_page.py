@@ -203,8 +203,9 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "`--data sklearn/digits`: 1,437 scans of 8 × 8 pixels to train on, 360 of other writers to count on, enlarged "
         "to the network's 32 × 32; five times the epochs. Of the innocent ones digits-clean showed that a stroke makes "
-        "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and on two more that are "
-        "not listed. digits-clean-3 and digits-clean-4 had no say."
+        "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and on three more that are "
+        "not listed, a third (UNSEEN) after a false alarm on digits-sig-5. digits-clean-3 and digits-clean-4 had no "
+        "say."
     )
     return [*textwrap.wrap(text, 116), "", *false_alarms(found), "", *detail_table(found, wanted)]
 
