@@ -185,7 +185,11 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
         mu = f"{notes['mu']:g}" + (" (**auto**)" if ":" not in group.method else "")
         flagged = notes["counts"]["flagged"]
         table.append(f"| {group.model} | {mu} | {drawn(group, 'accuracy')} | {drawn(group, 'asr')} | {flagged} |")
-    return [*table, "", "*auto* looks at the clean images only; the curve behind it is unknown to it."]
+    text = (
+        "*auto* looks at the clean images only; the curve behind it is unknown to it. The curves are of an earlier "
+        "default, with a slower search; *auto* is the present one's."
+    )
+    return [*table, "", *textwrap.wrap(text, 116)]
 
 
 def _architectures(found: list[Group], wanted: Any) -> list[str]:
@@ -203,7 +207,7 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "`--data sklearn/digits`: 1,437 scans of 8 × 8 pixels to train on, 360 of other writers to count on, enlarged "
         "to the network's 32 × 32; five times the epochs. Of the innocent ones digits-clean showed that a stroke makes "
-        "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and on three more that are "
+        "a 4 of most digits, which is no backdoor; two bounds (LIKE, NATURAL) were set on it and three more that are "
         "not listed, a third (UNSEEN) after a false alarm on digits-sig-5. digits-clean-3 and digits-clean-4 had no "
         "say."
     )
