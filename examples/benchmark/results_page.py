@@ -196,9 +196,8 @@ def _architectures(found: list[Group], wanted: Any) -> list[str]:
     text = (
         "ResNet-34 has a quarter of its width, MobileNetV3 three quarters, DenseNet-121 a growth of 8 and blocks of 6, "
         "12 and 12 layers. VGG-11 with batch norm has its full width and was trained for two epochs, at half the "
-        "learning rate. **On it the default fails**: it finds a patch toward the right class, with a wide gap, but "
-        "pruning three filters already costs more than the accuracy budget, so that none is pruned, and unlearning "
-        "the trigger that was found does not reach the one that was planted."
+        "learning rate. On it pruning three filters already costs more than the accuracy budget: none is pruned, and "
+        "the trigger is unlearned alone."
     )
     return [*textwrap.wrap(text, 116), "", *detail_table(found, wanted)]
 
