@@ -197,7 +197,8 @@ def _architectures(found: list[Group], wanted: Any) -> list[str]:
         "ResNet-34 has a quarter of its width, MobileNetV3 three quarters, DenseNet-121 a growth of 8 and blocks of 6, "
         "12 and 12 layers. VGG-11 with batch norm has its full width and was trained for two epochs, at half the "
         "learning rate. On it pruning three filters already costs more than the accuracy budget: none is pruned, and "
-        "the trigger is unlearned alone."
+        "the trigger is unlearned alone. It leads to its target no more, but RA shows that images with it are still "
+        "answered wrongly."
     )
     return [*textwrap.wrap(text, 116), "", *detail_table(found, wanted)]
 
