@@ -29,7 +29,7 @@ from bshub.scoring.shortcut import GAP_MADE_UP, Shortcut
 SHOWN = 256  # images that the answer to a trigger is averaged over
 PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
-UNSEEN = 3.0  # a gap from which a change of a few places counts where images are too few to see a natural way: 2.7
+UNSEEN = 3.0  # a gap from which a few places count with too few images to see a natural way: those came to 2.7
 
 
 def confirm(

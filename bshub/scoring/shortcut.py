@@ -140,11 +140,11 @@ def find_shortcut(
     needs, gaps = {}, {}
     with in_mode(model, False), asking_only(model, []):
         for family in FAMILIES:
-            finalists, needed = _race(feed, family, classes)
-            needs[family] = {trigger.target: need for trigger, need in zip(finalists, needed, strict=True)}
-            found, gaps[family] = standing_out(needed, least)
-            for trigger, need in zip(finalists[:found], needed, strict=False):
-                trigger.set(min(EXCESS * need, needed[found], trigger.most))
+            finalists = _race(feed, family, classes)
+            needs[family] = {trigger.target: need for trigger, need in finalists}
+            found, gaps[family] = standing_out([need for _, need in finalists], least)
+            for trigger, need in finalists[:found]:
+                trigger.set(min(EXCESS * need, finalists[found][1], trigger.most))
                 for _ in range(SETTLE):
                     feed.step(trigger)
                 triggers.append(trigger)
@@ -166,7 +166,7 @@ def standing_out(needs: list[float], least: float = GAP) -> tuple[int, float]:
     return (ratios.index(gap) + 1 if gap >= least else 0), gap
 
 
-def _race(feed: _Feed, family: str, classes: int) -> tuple[list[InvertedTrigger], list[float]]:
+def _race(feed: _Feed, family: str, classes: int) -> list[tuple[InvertedTrigger, float]]:
     """The finalists with their needs, the least first."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
     racers = [InvertedTrigger(family, target, feed.images) for target in targets if feed.others(target)]
@@ -181,33 +181,33 @@ def _race(feed: _Feed, family: str, classes: int) -> tuple[list[InvertedTrigger]
     finalists = racers[: min(max(2, able + 1), FINALISTS)]
     if hopeful:  # else none will stand out
         ran = _run(feed, finalists, FINAL, final=True)
-    needs = {racer.target: _mean(ran[racer.target]) for racer in finalists}
-    finalists.sort(key=lambda racer: needs[racer.target])
-    return finalists, [needs[racer.target] for racer in finalists]
+    return sorted(((racer, _mean(ran[racer.target])) for racer in finalists), key=lambda finalist: finalist[1])
 
 
 def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
     """Let triggers run, until some lie far ahead or a final brings nothing new; the strengths of each, by round."""
     ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
     size, half = (BATCH, False) if final else (RACE_BATCH, feed.half)
-    lowest, since = math.inf, 0
     for _ in range(rounds):
         for racer in racers:
             feed.step(racer, size, half)
             racer.adapt()
             ran[racer.target].append(racer.strength)
-        least = min(racer.strength for racer in racers)
-        lowest, since = (least, 0) if least < lowest else (lowest, since + 1)
-        if _far_ahead(ran) or (final and since >= PATIENCE):
+        if _far_ahead(ran) or (final and _nothing_new(ran)):
             break
     return ran
 
 
 def _far_ahead(ran: dict[int, list[float]]) -> bool:
-    """Whether the same gap was ``CLEAR`` in each of the last rounds."""
-    rounds = len(next(iter(ran.values())))
-    last = [sorted(strengths[i] for strengths in ran.values()) for i in range(max(0, rounds - SURE), rounds)]
-    return len(last) == SURE and all(standing_out(strengths, CLEAR)[0] for strengths in last)
+    """Whether the gap was ``CLEAR`` in each of the last rounds."""
+    rounds = list(zip(*ran.values(), strict=True))
+    return len(rounds) >= SURE and all(standing_out(sorted(strengths), CLEAR)[0] for strengths in rounds[-SURE:])
+
+
+def _nothing_new(ran: dict[int, list[float]]) -> bool:
+    """Whether none came lower in the last rounds than some did before."""
+    least = [min(strengths) for strengths in zip(*ran.values(), strict=True)]
+    return len(least) > PATIENCE and min(least[-PATIENCE:]) >= min(least[:-PATIENCE])
 
 
 def _mean(strengths: list[float]) -> float:
