@@ -22,6 +22,7 @@ from bshub.intake.reference import parse_architecture
 from bshub.scoring.plan import make_plan
 from bshub.scoring.selection import flag, standardize
 from bshub.scoring.statistics import filter_norms, measure
+from bshub.scoring.stream import affine_of
 from bshub.scoring.suspiciousness import SCORES
 
 CIFAR = "timm/resnet18?num_classes=10&stem=cifar&input_size=32"
@@ -125,24 +126,40 @@ def _alone(what: str, reference: str, count: int) -> float:
 
 
 def spectral_rows() -> list[dict[str, Any]]:
-    """Spectral norms of all filters of ResNet-50, beside a loop of one SVD per filter."""
+    """Channel Lipschitz bounds of all filters of ResNet-50, beside a loop of one SVD per filter."""
     return [spectral_ratio("timm/resnet50")]
 
 
 def spectral_ratio(reference: str, turns: int = TURNS) -> dict[str, Any]:
-    """Both over all convolutions of a network, and how far their answers lie apart.
+    """Both over all conv-BN pairs of a network, and how far their answers lie apart.
 
-    CLP's reference code takes ``torch.svd`` of each filter, left and right vectors included, and of that the largest
-    singular value.
+    CLP's reference code scales one filter after the other by its batch norm, takes ``torch.svd`` of it, left and right
+    vectors included, and of that the largest singular value. Random batch norms stand in for trained ones.
     """
-    model, _ = network(reference)
-    weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Conv2d)]
+    model, size = network(reference)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+    pairing = find_pairs(model, follow_channels(model, size)[0])
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights = [named[f"{pair.name}.weight"].detach() for pair in pairing.pairs]
+    norms = [pair.readers[0].norm for pair in pairing.pairs]
 
     def loop() -> list[Tensor]:
-        return [torch.stack([torch.svd(f.flatten(1))[1].max() for f in weight]) for weight in weights]
+        found = []
+        for weight, norm in zip(weights, norms, strict=True):
+            gain, deviation = named[norm.weight].detach(), (named[norm.variance] + norm.eps).sqrt()
+            bounds = []
+            for i in range(len(weight)):
+                scaled = weight[i].flatten(1) * (gain[i] / deviation[i]).abs()
+                bounds.append(torch.svd(scaled)[1].max())
+            found.append(torch.tensor(bounds))
+        return found
 
     def ours() -> list[Tensor]:
-        return [filter_norms(weight) for weight in weights]
+        scales = [affine_of(pair, named).scale.abs() for pair in pairing.pairs]
+        return [filter_norms(weight) * scale for weight, scale in zip(weights, scales, strict=True)]
 
     error = max(float((a / b - 1).abs().max()) for a, b in zip(ours(), loop(), strict=True))
     taken = [(cpu_seconds(ours), cpu_seconds(loop)) for _ in range(turns)]

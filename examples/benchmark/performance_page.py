@@ -70,8 +70,8 @@ def _memory(rows: Rows) -> list[str]:
 
 def _spectral(rows: Rows) -> list[str]:
     return [
-        "The spectral norms of all filters beside a loop of one `torch.svd` per filter, as in CLP's reference code.",
-        "Asked for: at least 50.",
+        "The spectral norms of all filters with their batch norms beside a loop as in CLP's reference code: filter by",
+        "filter scaled, then `torch.svd`. Asked for: at least 50.",
         "",
         *_table(
             ["network", "filters", "loop s", "ours s", "loop ÷ ours", "largest relative difference"],
