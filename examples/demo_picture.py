@@ -17,8 +17,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import bshub
-from bshub.release.charts import PRINT, scores_chart
+from bshub.release.chart_style import PRINT
 from bshub.release.evidence import FATES, Layer
+from bshub.release.score_chart import scores_chart
 
 DEMO = Path(__file__).parent / "demo"
 WORDS = {"accuracy": "clean accuracy", "asr": "attack success"}

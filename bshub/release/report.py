@@ -21,17 +21,10 @@ from markupsafe import Markup, escape
 
 from bshub.errors import printable
 from bshub.release.card import Plot, rate_text, shown_reference
-from bshub.release.charts import (
-    MOST_CLASSES,
-    PAGE,
-    PRINT,
-    Palette,
-    confusion_chart,
-    curve_chart,
-    scores_chart,
-    timeline_chart,
-)
+from bshub.release.chart_style import PAGE, PRINT, Palette
+from bshub.release.charts import MOST_CLASSES, confusion_chart, curve_chart, timeline_chart
 from bshub.release.evidence import FATES, Evidence, Layer
+from bshub.release.score_chart import scores_chart
 from bshub.release.wording import images_name, repair_passes
 
 PLOTTED_LAYERS = 20  # of the picture for the card

@@ -18,8 +18,9 @@ from bshub import Settings, scan
 from bshub.errors import BshubError
 from bshub.inputs import Inputs, load_inputs
 from bshub.progress import Steps
-from bshub.release.charts import PRINT, scores_chart
+from bshub.release.chart_style import PRINT
 from bshub.release.evidence import Layer
+from bshub.release.score_chart import scores_chart
 
 INTRODUCTION = """# Does this checkpoint carry a backdoor?
 
