@@ -24,6 +24,7 @@ from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES, dense_fit, dense_step
 from bshub.scoring.inversion import STEP, InvertedTrigger
 from bshub.scoring.statistics import asking_only
+from bshub.side_by_side import side_by_side
 
 RACE_BATCH, BATCH = 8, 16  # images per step: of the race, later
 RACE, FINAL, SETTLE = 12, 32, 8  # steps: of every class, of the finalists at most, of what was found
@@ -188,13 +189,19 @@ def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = 
     """Let triggers run, until some lie far ahead or a final brings nothing new; the strengths of each, by round."""
     ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
     size, half = (BATCH, False) if final else (RACE_BATCH, feed.half)
-    for _ in range(rounds):
-        for racer in racers:
-            feed.step(racer, size, half)
-            racer.adapt()
-            ran[racer.target].append(racer.strength)
-        if _far_ahead(ran) or (final and _nothing_new(ran)):
-            break
+
+    def sharpen(model: nn.Module, own: tuple[InvertedTrigger, Tensor]) -> None:
+        own[0].sharpen(model, own[1], half)
+
+    with side_by_side(feed.model, len(racers)) as each:
+        for _ in range(rounds):
+            each(sharpen, [(racer, feed.batch(racer.target, size)) for racer in racers])
+            feed.progress(len(racers))
+            for racer in racers:
+                racer.adapt()
+                ran[racer.target].append(racer.strength)
+            if _far_ahead(ran) or (final and _nothing_new(ran)):
+                break
     return ran
 
 
@@ -239,9 +246,9 @@ class _Feed:
         chosen = others[torch.randperm(len(others), generator=self._generator)[:size]]
         return augment(self.images[chosen.to(self.images.device)], self._generator)
 
-    def step(self, trigger: InvertedTrigger, size: int = BATCH, half: bool = False) -> None:
+    def step(self, trigger: InvertedTrigger) -> None:
         """One step of one trigger on a fresh batch."""
-        trigger.sharpen(self.model, self.batch(trigger.target, size), half)
+        trigger.sharpen(self.model, self.batch(trigger.target))
         self.progress(1)
 
 
