@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
+from nets import randomize_batch_norm
 from PIL import Image
 
 from bshub.benchmark.summary import Group
@@ -76,6 +78,20 @@ def test_the_starters_page_is_that_of_its_rows() -> None:
     from starters import page
 
     assert page(rows(DOCS / "starter-results.jsonl")) == (DOCS / "starter-results.md").read_text()
+
+
+def test_a_doubled_network_has_twice_the_filters_and_computes_the_same() -> None:
+    from full_width import doubled
+
+    model = timm.create_model("resnet18", num_classes=10, channels=(8, 16, 24, 32))
+    model = randomize_batch_norm(model)
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    same, noisy = doubled(model, noise=0), doubled(model)
+    torch.testing.assert_close(same(images), model(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(noisy(images), model(images), rtol=1e-4, atol=1e-4)
+    assert same.layer4[1].conv2.weight.shape == (64, 64, 3, 3) and same.conv1.weight.shape == model.conv1.weight.shape
+    narrow, wide = (sum(p.numel() for p in net.layer4.parameters()) for net in (model, same))
+    assert 3.8 * narrow < wide < 4 * narrow
 
 
 def test_every_model_of_an_experiment_is_in_the_zoo() -> None:

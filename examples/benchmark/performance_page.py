@@ -111,6 +111,33 @@ def _how(efforts: list[float]) -> str:
     return f"{shares} of the iterations run, the rest in proportion"
 
 
+def _full_width(rows: Rows) -> list[str]:
+    parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    return [
+        "The whole `sanitize` of a ResNet-18 of full width (CIFAR stem, 32 px) with ten images per class, wall seconds",
+        "on all cores. Asked for: less than 60 on two. The networks are the starter models with every filter doubled",
+        "and 2 % noise on the weights (`full_width.py`).",
+        "",
+        *_table(
+            ["model", "cores", "seconds", *parts, "ACC before → after", "ASR before → after"],
+            [
+                [
+                    row["model"],
+                    str(row["threads"]),
+                    f"**{row['seconds']:.0f}**",
+                    *(f"{row['parts'][part]:.1f}" if part in row["parts"] else "–" for part in parts),
+                    *(
+                        f"{row['before'][rate]['percent']:.1f} → {row['after'][rate]['percent']:.1f} "
+                        f"(n={row['after'][rate]['n']})"
+                        for rate in ("accuracy", "asr")
+                    ),
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+
+
 def _precision(rows: Rows) -> list[str]:
     (r,) = rows
     full, half = (f"{r[key]['percent']} % (n={r[key]['n']})" for key in ("accuracy_fp32", "accuracy_bf16"))
@@ -205,6 +232,7 @@ PARTS: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "memory": ("Looking: memory", _memory),
     "spectral": ("Spectral norms", _spectral),
     "defenses": ("The whole, beside published defenses", _defenses),
+    "full width": ("The whole, in full width", _full_width),
     "precision": ("bf16", _precision),
     "onnx": ("The small model", _onnx),
     "commands": ("Commands", _commands),

@@ -4,7 +4,8 @@
 
 Each part runs in turns in one process and one thread, in CPU seconds, so that whatever else the machine does falls on
 both sides; peak memory is taken in a process of its own per figure. Rows go to ``performance.jsonl`` beside the page;
-``--only`` renews a part. ``--check`` runs the cheap parts on small networks and fails where a ratio is out of bounds.
+``--only`` renews a part, and ``full width`` stays as it is where the shared folder is missing. ``--check`` runs the
+cheap parts on small networks and fails where a ratio is out of bounds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import commands_speed
 import defense_speed
 import fleet_speed
+import full_width
 import look_speed
 import onnx_speed
 import torch
@@ -32,6 +34,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "memory": look_speed.memory_rows,
     "spectral": look_speed.spectral_rows,
     "defenses": defense_speed.defense_rows,
+    "full width": full_width.full_width_rows,
     "precision": defense_speed.precision_rows,
     "onnx": onnx_speed.onnx_rows,
     "commands": commands_speed.command_rows,
@@ -66,6 +69,9 @@ def main() -> None:
     store = args.out.with_suffix(".jsonl")
     rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     for part in args.only or PARTS:
+        if part == "full width" and not full_width.SHARED.is_dir():
+            print(f"{part}: needs {full_width.SHARED.name}/ beside this repository", file=sys.stderr)
+            continue
         found = [{"part": part, "machine": machine(), **row} for row in PARTS[part]()]
         rows = [row for row in rows if row["part"] != part] + found
         store.write_text("".join(json.dumps(row) + "\n" for row in rows))
