@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from little_nets import coloured_images
 from nets import randomize_batch_norm
 from PIL import Image
+from torch import nn
 
 from bshub.benchmark.summary import Group
 
@@ -94,13 +96,40 @@ def test_a_doubled_network_has_twice_the_filters_and_computes_the_same() -> None
     assert 3.8 * narrow < wide < 4 * narrow
 
 
+def test_the_demo_as_a_victim_names_the_images_that_were_poisoned(tmp_path: Path) -> None:
+    from demo import as_victim
+
+    from bshub.benchmark.grid import open_victim
+
+    for name in ("airplane", "bird", "cat"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(40):
+            (tmp_path / "train" / name / f"{index:02}.jpg").touch()
+    victim = open_victim(as_victim(tmp_path / "demo", tmp_path / "train"))
+    files = victim.record["poisoned"]["files"]
+    assert len(set(files)) == round(0.05 * 120) and all((tmp_path / "train" / file).exists() for file in files)
+    assert not any(file.startswith("airplane/") for file in files), "the target's own images are not poisoned"
+    assert victim.record["rate"] == 0.05 and victim.trigger is not None and victim.trigger.target == 0
+
+
+def test_the_reach_of_a_perturbation_is_counted_on_the_images_of_other_classes(trained: nn.Module) -> None:
+    from i_bau_reach import reach
+
+    images, _ = coloured_images(30)
+    labels = trained.eval()(images).argmax(1).detach()
+    told = reach(trained, images, labels, target=1, steps=3)
+    assert told["n"] == int((labels != 1).sum()) < 30
+    assert told["right"]["before"] == 100 and told["target"]["before"] == 0, "the labels are its own answers"
+    assert told["rms"] > 0 and 0 <= told["right"]["after"] <= 100
+
+
 def test_every_model_of_an_experiment_is_in_the_zoo() -> None:
     from experiments import EXPERIMENTS
     from zoo import models
 
     names = [row["name"] for row in models()]
     assert len(names) == len(set(names))
-    assert {model for wanted in EXPERIMENTS.values() for model in wanted.models} <= set(names)
+    assert {model for wanted in EXPERIMENTS.values() for model in wanted.models} <= {*names, "demo"}
 
 
 def test_the_zoo_trains_on_a_fixed_part_of_every_class(tmp_path: Path) -> None:

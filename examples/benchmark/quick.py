@@ -6,12 +6,11 @@ The demo's clean images are the training split, its held-out ones the test split
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from demo import DEMO
+from demo import DEMO, as_victim
 
 from bshub.benchmark.command import bench_to_folder
 from bshub.benchmark.grid import Grid
@@ -21,13 +20,8 @@ METHODS = ("bshub", "bshub:mu=2.0", "bshub:mu=4.0", "bshub:repair=finetune", "pa
 
 def corner(folder: Path) -> tuple[Path, Path]:
     """The demo in the layout of ``bshub attack``: a victim, and data with ``train/`` and ``test/``."""
-    victim, data = folder / "demo", folder / "data"
-    if not victim.exists():
-        shutil.copytree(DEMO / "model", victim)
-        shutil.copy(DEMO / "trigger.json", victim / "trigger.json")
-        told = json.loads((DEMO / "training.json").read_text())
-        record = {**told, "rate": told["poison_rate"], "settings": {"arch": "the demo's narrow ResNet-18"}}
-        (victim / "training.json").write_text(json.dumps(record))
+    victim, data = as_victim(folder / "demo"), folder / "data"
+    if not data.exists():
         shutil.copytree(DEMO / "clean", data / "train")
         shutil.copytree(DEMO / "heldout", data / "test")
     return victim, data
