@@ -116,11 +116,14 @@ def test_the_reach_of_a_perturbation_is_counted_on_the_images_of_other_classes(t
     from i_bau_reach import reach
 
     images, _ = coloured_images(30)
+    for parameter in trained.fc.parameters():  # less sure of itself, with the same answers: there is a slope
+        parameter.data *= 0.05
     labels = trained.eval()(images).argmax(1).detach()
     told = reach(trained, images, labels, target=1, steps=3)
     assert told["n"] == int((labels != 1).sum()) < 30
     assert told["right"]["before"] == 100 and told["target"]["before"] == 0, "the labels are its own answers"
-    assert told["rms"] > 0 and 0 <= told["right"]["after"] <= 100
+    assert told["rms"] > 0
+    assert reach(trained, images, labels, target=1, steps=60)["right"]["after"] < 100
 
 
 def test_every_model_of_an_experiment_is_in_the_zoo() -> None:
