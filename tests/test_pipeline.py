@@ -276,3 +276,15 @@ def test_a_repair_that_makes_things_worse_is_undone_and_said(trained: nn.Module)
     assert untouched.report["repair"] == "none was asked for"
     for name, tensor in untouched.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bf16_without_units_for_it_is_warned_about(
+    trained: nn.Module, precision: str, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bshub.pipeline.has_bf16", lambda device: units)
+    result = sanitize(trained, batches(), Settings(score="lipschitz", precision=precision, **QUICK))
+    assert result.report["repair_passes"]
+    warned = any("bf16" in warning for warning in result.report["warnings"])
+    assert warned == (precision == "bf16" and not units)

@@ -14,6 +14,7 @@ from bshub.intake.folders import open_folder
 from bshub.intake.models import LoadedModel, load_model
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
+ARCH = "timm/resnet18?num_classes=10&channels=24,48,96,192&input_size=64"
 BSHUB = str(Path(sys.executable).with_name("bshub"))  # the command of this environment
 
 
@@ -37,7 +38,7 @@ def as_victim(folder: Path, train: Path | None = None) -> Path:
     if folder.exists():
         return folder
     told = json.loads((DEMO / "training.json").read_text())
-    record = {**told, "rate": told["poison_rate"], "settings": {"arch": "the demo's narrow ResNet-18"}}
+    record = {**told, "rate": told["poison_rate"], "settings": {"arch": ARCH}}
     if train is not None:
         record["poisoned"] = {"files": _poisoned(train, told)}
     shutil.copytree(DEMO / "model", folder)

@@ -84,6 +84,9 @@ def _spectral(rows: Rows) -> list[str]:
     ]  # fmt: skip
 
 
+NO_REPAIR = "Pruning cost no accuracy here, so there was no repair."
+
+
 def _defenses(rows: Rows) -> list[str]:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in rows[0]["parts"].items())
     return [
@@ -100,7 +103,7 @@ def _defenses(rows: Rows) -> list[str]:
             ],
         ),
         "",
-        f"Wall seconds of ours: {parts}.",
+        f"Wall seconds of ours: {parts}. {'' if 'repair' in rows[0]['parts'] else NO_REPAIR}".rstrip(),
     ]
 
 
@@ -142,12 +145,14 @@ def _precision(rows: Rows) -> list[str]:
     (r,) = rows
     full, half = (f"{r[key]['percent']} % (n={r[key]['n']})" for key in ("accuracy_fp32", "accuracy_bf16"))
     same = "the same plan" if r["same_plan"] else "another plan"
-    return [
-        f"`--precision bf16` runs the repair in {r['ratio']:.2f} of the wall time ({r['repair_bf16']:.1f} s for "
-        f"{r['repair_fp32']:.1f} s), with {same}, which",
-        f"does not depend on it. Right on the clean images afterwards: {half}, in float32",
-        f"{full}. It is off by default, so that the same seed gives the same weights on every machine.",
-    ]
+    units = "has units for it" if r["units"] else "has no units for it: there it only costs"
+    text = (
+        f"With `--precision bf16` the repair (demo, `--score lipschitz`) takes {r['ratio']:.2f} times as long "
+        f"({r['repair_bf16']:.1f} s for {r['repair_fp32']:.1f} s), with {same}, which does not depend on it; this "
+        f"processor {units}. Right on the clean images afterwards: {half}, in float32 {full}. It is off by default, so "
+        "that the same seed gives the same weights on every machine."
+    )
+    return textwrap.wrap(text, 116)
 
 
 def _onnx(rows: Rows) -> list[str]:

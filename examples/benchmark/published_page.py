@@ -73,7 +73,8 @@ def _finding(found: list[Group]) -> list[str]:
         f"leaves {left(checker, 'ft:lr=0.05')} and {left(white, 'ft:lr=0.05')} %. Batch norm makes a network blind to "
         "the length of its weights: what counts is the rate over their squared length, which weight decay shortens "
         "with every epoch, and these networks had six, the published ones a hundred. That the longer step works was "
-        "measured, the lengths were not. Fine-pruning and NAD's teacher contain the same fine-tuning.",
+        "measured, the lengths were not. Fine-pruning and NAD's teacher contain the same fine-tuning, and so does "
+        f"FT-SAM (published: 92.1 / 2.5, a mean over ten attacks), which leaves the demo {left('demo', 'ft-sam')} %.",
         "**NAD** at the rate of its authors (0.1 for two epochs) costs these networks their accuracy; at "
         "BackdoorBench's it inherits what its teacher was left with.",
         f"**CLP** asks for a bound three deviations above the layer's mean. Among {NARROWEST} filters none can lie "
