@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from bshub.errors import UsageError
@@ -29,6 +30,11 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} cannot be used: {str(error).splitlines()[0]}", hint="--device cpu always works"
         ) from None
     return device
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_bf16(device: torch.device) -> bool:

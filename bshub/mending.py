@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bshub.clean import CleanImages
+from bshub.device import has_bf16
 from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.parallel import Workers
 from bshub.progress import Steps
@@ -20,6 +21,7 @@ from bshub.settings import Settings
 WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is undone
 WORSE_MADE_UP = 0.35  # of made-up ones: near the borders between classes a quarter changed where accuracy lost 3 points
 SHOWS_LOSS = 50  # clean images; fewer do not show a loss of two points
+SLOW_BF16 = "this processor has no units for bf16, in which the repair may take many times as long: --precision fp32"
 UNDONE = "the repair made the model worse and was undone: a lower --finetune-lr may help"
 
 
@@ -103,14 +105,17 @@ def bring_back(
     why = "what was left of the trigger was unlearned" if unlearns else "accuracy was brought back"
     if share < 1:
         why = f"{why} {100 * share:.0f} % of the way; further on the trigger works again"
-    outcome = Outcome(share > 0, why, after, passes)
+    slow = settings.precision == "bf16" and not has_bf16(clean.images.device)
+    outcome = Outcome(share > 0, why, after, passes, warnings=(SLOW_BF16,) if slow else ())
     if triggers:
         outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})
     # what is left of the trigger is worth as much as what is left of the accuracy
     allowed = max(WORSE_MADE_UP if clean.made_up else WORSE, held - left)
     if not _finite(pruned) or after.value < now.value - allowed:
         pruned.load_state_dict(weights)
-        return replace(outcome, done=False, why="it made the model worse", accuracy=now, warnings=(UNDONE,))
+        return replace(
+            outcome, done=False, why="it made the model worse", accuracy=now, warnings=(*outcome.warnings, UNDONE)
+        )
     return outcome
 
 

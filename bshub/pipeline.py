@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
-from bshub.device import has_bf16, pick_device
+from bshub.device import pick_device
 from bshub.diagnosis import WEIGHTS_ONLY_SCORE, Diagnosis, diagnose
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import find_defense
@@ -30,7 +30,6 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 PROOF_IMAGES = 16
 LOST = 0.1  # accuracy on the clean images whose loss deserves a warning
-SLOW_BF16 = "this processor has no units for bf16, in which the repair may take many times as long: --precision fp32"
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,6 @@ def sanitize(
         workers=workers,
     )
     after, warnings = outcome.accuracy, [*diagnosis.warnings, *outcome.warnings]
-    if settings.precision == "bf16" and outcome.passes and not has_bf16(device):
-        warnings.append(SLOW_BF16)
     if clean.made_up:
         warnings.append(
             f"no clean images were given: {clean.count} made-up ones stood in for them, on which no accuracy can be "

@@ -7,16 +7,16 @@ of one run in itself, and then another run must not find it there.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
+
+from bshub.copying import copy_sharing
 
 MOST = 8  # threads: each holds the maps of its own images, and eight of the search hold what a step of the repair does
 Item = TypeVar("Item")
@@ -30,9 +30,8 @@ class Each(Protocol):
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same network as other modules: parameters and buffers are shared, all else is copied."""
-    shared = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    """The same network as other modules, in evaluation mode: parameters and buffers are shared, all else is copied."""
+    return copy_sharing(model, lambda name: True)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from nets import conv_bn, head, randomize_batch_norm
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from bshub.surgery.copying import copy_sharing
-from bshub.surgery.narrow import named_tensors
+from bshub.copying import copy_sharing, named_tensors
 
 
 class Odd(nn.Module):

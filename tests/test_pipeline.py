@@ -283,7 +283,7 @@ def test_a_repair_that_makes_things_worse_is_undone_and_said(trained: nn.Module)
 def test_bf16_without_units_for_it_is_warned_about(
     trained: nn.Module, precision: str, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bshub.pipeline.has_bf16", lambda device: units)
+    monkeypatch.setattr("bshub.mending.has_bf16", lambda device: units)
     result = sanitize(trained, batches(), Settings(score="lipschitz", precision=precision, **QUICK))
     assert result.report["repair_passes"]
     warned = any("bf16" in warning for warning in result.report["warnings"])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bshub.device import processors
 from bshub.errors import UsageError, printable
 from bshub.fleet.entries import Entry
 from bshub.fleet.task import Job, clean, failed_row, identify
@@ -168,7 +169,7 @@ def _connect(ray: Any, cluster: Cluster, job: Job) -> int:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if cluster.address is None:
-            count = (cluster.workers or max(1, _processors() // job.threads)) * job.threads
+            count = (cluster.workers or max(1, processors() // job.threads)) * job.threads
             ray.init(num_cpus=count, include_dashboard=False, **quiet)
         else:
             ray.init(address=cluster.address, **quiet)
@@ -188,10 +189,6 @@ def _connect(ray: Any, cluster: Cluster, job: Job) -> int:
             hint="lower --threads or --gpus",
         )
     return int(min(fits))
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tasks(ray: Any, cluster: Cluster, job: Job) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bshub.copying import named_tensors
 from bshub.errors import InconclusiveError
 from bshub.graph.pairs import Pairing
 from bshub.graph.trace import in_mode
@@ -77,7 +78,7 @@ def measure(
     Raises:
         InconclusiveError: A weight is NaN or infinite.
     """
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model)
     for name, tensor in named.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InconclusiveError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from bshub.copying import named_tensors
 from bshub.graph.coupling import ChannelFlow
 from bshub.intake.refill import blank, refill
 from bshub.scoring.plan import RemovalPlan
@@ -131,8 +132,3 @@ def _gone(plan: RemovalPlan, flow: ChannelFlow) -> np.ndarray:
             lost[kept] = False
             leaving[flow.groups[slots[lost]]] = True
     return leaving[flow.groups]
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name they have."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

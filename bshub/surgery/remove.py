@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from bshub.copying import copy_sharing
 from bshub.errors import SurgeryError
 from bshub.graph.channels import Ints
 from bshub.graph.coupling import ChannelFlow
 from bshub.graph.pairs import Pairing
 from bshub.graph.pause import collector_paused
 from bshub.scoring.plan import RemovalPlan, make_plan
-from bshub.surgery.copying import copy_sharing
 from bshub.surgery.levels import asked_levels
 from bshub.surgery.narrow import narrow, zero_columns, zero_silenced
 from bshub.surgery.proof import Proof, compare

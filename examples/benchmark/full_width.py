@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tarfile
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from starters import ARCH, MODELS, draw_clean, write_trigger
+from starters import ARCH, MODELS, draw_clean, unpacked, write_trigger
 from torch import Tensor, nn
 
 from bshub.benchmark.draws import batches
+from bshub.benchmark.grid import Victim, load_tests
+from bshub.device import processors
 from bshub.evaluation.attacks.trigger import load_trigger
 from bshub.evaluation.metrics import evaluate_models
 from bshub.intake.folders import open_folder
-from bshub.intake.models import LoadedModel, load_model
+from bshub.intake.models import load_model
 from bshub.pipeline import sanitize
 from bshub.settings import Settings
 
@@ -74,38 +73,35 @@ def _read_twice(weight: Tensor) -> Tensor:
 def full_width_rows() -> list[dict[str, Any]]:
     """Wall seconds of a whole ``sanitize`` with ten images per class, by step, and what it did to both rates.
 
-    Raises:
-        FileNotFoundError: The shared folder is not beside this repository.
+    Returns:
+        A row a starter model; none where the shared folder is not beside this repository.
     """
-    threads, cores = torch.get_num_threads(), _cores()
+    if not SHARED.is_dir():
+        return []
+    threads, cores = torch.get_num_threads(), processors()
     torch.set_num_threads(cores)
     try:
-        with tempfile.TemporaryDirectory() as name:
-            work = Path(name)
-            with tarfile.open(SHARED / "data" / "cifar10-jpeg.tar.xz") as archive:
-                archive.extractall(work, filter="data")
+        with unpacked(SHARED) as work:
             clean = draw_clean(work / "train", work, 0)
             return [{"model": model, "threads": cores, **_row(model, work, clean)} for model in MODELS]
     finally:
         torch.set_num_threads(threads)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _row(name: str, work: Path, clean: Path) -> dict[str, Any]:
     source = load_model(str(SHARED / "zoo" / f"{name}.safetensors"), arch=ARCH)
     model = doubled(source.module)
-    folder = open_folder(clean, 10, source.labels)
+    folder, test = (open_folder(root, source.origin.num_classes, source.labels) for root in (clean, work / "test"))
     images = batches(list(zip(folder.paths, folder.labels, strict=True)), source.preprocessing, 32)
     start = time.perf_counter()
     result = sanitize(model, images, Settings(device="cpu"))
     seconds = time.perf_counter() - start
     record = json.loads((SHARED / "zoo" / f"{name}.json").read_text())
-    before, after = evaluate_models(
-        [model, result.model], *_tests(source, work, write_trigger(record, SHARED / "zoo", work))
-    )
+    trigger = load_trigger(write_trigger(record, SHARED / "zoo", work))
+    chosen = list(range(0, len(test), len(test) // TEST_IMAGES))
+    tests = load_tests(test, chosen, Victim(name, source, record, trigger, weights=""))
+    shown = zip(*(tensor.split(100) for tensor in tests if tensor is not None), strict=True)
+    before, after = evaluate_models([model, result.model], [(x, y, stamped) for x, y, stamped in shown], trigger.target)
     return {
         "seconds": seconds,
         "parts": {part: round(value, 2) for part, value in result.report["seconds"].items()},
@@ -114,15 +110,3 @@ def _row(name: str, work: Path, clean: Path) -> dict[str, Any]:
         "before": before.as_dict(),
         "after": after.as_dict(),
     }
-
-
-def _tests(source: LoadedModel, work: Path, trigger_file: Path) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
-    """Test images with and without the trigger, and its target."""
-    trigger = load_trigger(trigger_file)
-    folder = open_folder(work / "test", 10, source.labels).mixed(TEST_IMAGES).part(slice(TEST_IMAGES))
-    pictures, labels = zip(*folder.read(), strict=True)
-    stamped = trigger(torch.stack(pictures))
-    shown = [torch.stack([source.preprocessing(image) for image in group]) for group in (pictures, stamped)]
-    return list(
-        zip(shown[0].split(100), torch.tensor(labels).split(100), shown[1].split(100), strict=True)
-    ), trigger.target

@@ -84,11 +84,9 @@ def _spectral(rows: Rows) -> list[str]:
     ]  # fmt: skip
 
 
-NO_REPAIR = "Pruning cost no accuracy here, so there was no repair."
-
-
 def _defenses(rows: Rows) -> list[str]:
     parts = ", ".join(f"{name} {value:.1f}" for name, value in rows[0]["parts"].items())
+    skipped = "" if "repair" in rows[0]["parts"] else " Pruning cost no accuracy here, so there was no repair."
     return [
         "The demo's ResNet-18 (32 px), its hundred clean images: the whole of `sanitize` in memory, repair included,",
         "and the published defenses with their published numbers of iterations. Asked for: NAD, ANP and AWM at least",
@@ -103,7 +101,7 @@ def _defenses(rows: Rows) -> list[str]:
             ],
         ),
         "",
-        f"Wall seconds of ours: {parts}. {'' if 'repair' in rows[0]['parts'] else NO_REPAIR}".rstrip(),
+        f"Wall seconds of ours: {parts}.{skipped}",
     ]
 
 

@@ -4,15 +4,14 @@
 
 Each part runs in turns in one process and one thread, in CPU seconds, so that whatever else the machine does falls on
 both sides; peak memory is taken in a process of its own per figure. Rows go to ``performance.jsonl`` beside the page;
-``--only`` renews a part, and ``full width`` stays as it is where the shared folder is missing. ``--check`` runs the
-cheap parts on small networks and fails where a ratio is out of bounds.
+``--only`` renews a part; one that cannot be measured here stays as it is. ``--check`` runs the cheap parts on small
+networks and fails where a ratio is out of bounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import warnings
@@ -28,6 +27,8 @@ import look_speed
 import onnx_speed
 import torch
 from performance_page import page
+
+from bshub.device import processors
 
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "statistics": look_speed.statistics_rows,
@@ -45,8 +46,7 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": model or platform.machine(), "cores": cores, "torch": torch.__version__}
+    return {"processor": model or platform.machine(), "cores": processors(), "torch": torch.__version__}
 
 
 def _cpuinfo() -> list[str]:
@@ -69,10 +69,10 @@ def main() -> None:
     store = args.out.with_suffix(".jsonl")
     rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     for part in args.only or PARTS:
-        if part == "full width" and not full_width.SHARED.is_dir():
-            print(f"{part}: needs {full_width.SHARED.name}/ beside this repository", file=sys.stderr)
-            continue
         found = [{"part": part, "machine": machine(), **row} for row in PARTS[part]()]
+        if not found:
+            print(f"{part}: cannot be measured here, and stays as it is", file=sys.stderr)
+            continue
         rows = [row for row in rows if row["part"] != part] + found
         store.write_text("".join(json.dumps(row) + "\n" for row in rows))
         args.out.write_text(page(rows), encoding="utf-8")

@@ -15,6 +15,8 @@ import random
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,15 @@ def write_trigger(record: dict[str, Any], zoo: Path, folder: Path) -> Path:
     return path
 
 
+@contextmanager
+def unpacked(shared: Path) -> Iterator[Path]:
+    """A folder of its own with CIFAR-10's ``train/`` and ``test/``, and room for more; it is gone afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        with tarfile.open(shared / "data" / "cifar10-jpeg.tar.xz") as archive:
+            archive.extractall(name, filter="data")
+        yield Path(name)
+
+
 def draw_clean(train: Path, folder: Path, seed: int) -> Path:
     """Copy ``PER_CLASS`` random training images of each class."""
     chooser = random.Random(seed)
@@ -63,10 +74,7 @@ def run(shared: Path, rows_path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in rows_path.read_text().splitlines()] if rows_path.exists() else []
     done = {(row["model"], row["score"], row["draw"]) for row in rows}
     zoo = shared / "zoo"
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        with tarfile.open(shared / "data" / "cifar10-jpeg.tar.xz") as archive:
-            archive.extractall(work, filter="data")
+    with unpacked(shared) as work:
         cleans = {draw: draw_clean(work / "train", work, draw) for draw in DRAWS}
         for draw in DRAWS:
             for score in SCORES:

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from bshub.surgery.narrow import named_tensors
-
 FIXED = frozenset(
     {int, float, complex, bool, str, bytes, NoneType, torch.dtype, torch.device, torch.Size, FunctionType,
      BuiltinFunctionType, type}
 )  # fmt: skip
 PLAIN_SETSTATE = (nn.Module.__setstate__, _ConvNd.__setstate__)  # they only fill in what old pickles lack
 HOLDERS = frozenset({dict, OrderedDict, list, set})
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def copy_sharing(model: nn.Module, shared: Callable[[str], bool]) -> nn.Module:
