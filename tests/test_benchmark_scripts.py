@@ -112,6 +112,24 @@ def test_the_demo_as_a_victim_names_the_images_that_were_poisoned(tmp_path: Path
     assert victim.record["rate"] == 0.05 and victim.trigger is not None and victim.trigger.target == 0
 
 
+def test_shorter_filters_give_the_same_answers_and_a_step_turns_them_further(trained: nn.Module) -> None:
+    from shorten import shortened, squared_length
+
+    images, labels = coloured_images(20)
+    trained = randomize_batch_norm(trained)
+    short = shortened(trained, (3, *images.shape[2:]), factor=4.0)
+    torch.testing.assert_close(short(images), trained(images), rtol=1e-4, atol=1e-4)
+    assert squared_length(short) == pytest.approx(squared_length(trained) / 4)
+
+    def turned(model: nn.Module) -> float:
+        model.train()
+        weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), weight)
+        return float((slope.flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1)).mean())
+
+    assert turned(short) == pytest.approx(4 * turned(trained), rel=0.05)
+
+
 def test_the_reach_of_a_perturbation_is_counted_on_the_images_of_other_classes(trained: nn.Module) -> None:
     from i_bau_reach import reach
 
@@ -128,11 +146,12 @@ def test_the_reach_of_a_perturbation_is_counted_on_the_images_of_other_classes(t
 
 def test_every_model_of_an_experiment_is_in_the_zoo() -> None:
     from experiments import EXPERIMENTS
+    from shorten import SHORT
     from zoo import models
 
     names = [row["name"] for row in models()]
     assert len(names) == len(set(names))
-    assert {model for wanted in EXPERIMENTS.values() for model in wanted.models} <= {*names, "demo"}
+    assert {model for wanted in EXPERIMENTS.values() for model in wanted.models} <= {*names, "demo", SHORT}
 
 
 def test_the_zoo_trains_on_a_fixed_part_of_every_class(tmp_path: Path) -> None:

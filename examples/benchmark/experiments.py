@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from demo import as_victim
 from results_page import page
+from shorten import SHORT, as_short_victim
 from zoo import DATA
 
 from bshub.benchmark.evidence import judge_statistics
@@ -73,7 +74,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
     "9": Experiment(DIGITS, "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
-    "10": Experiment(("badnets-10", "badnets-white-10", "demo"), AS_PUBLISHED, (250,), effort=1.0),
+    "10": Experiment(("badnets-10", "badnets-white-10", "demo", SHORT), AS_PUBLISHED, (250,), effort=1.0),
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     """Measure what is missing of one experiment."""
     wanted = EXPERIMENTS[name]
     if "demo" in wanted.models:
-        as_victim(zoo / "demo", data / "train")
+        as_short_victim(as_victim(zoo / "demo", data / "train"), zoo / SHORT)
     models = tuple(zoo / model for model in wanted.models if (zoo / model / "training.json").exists())
     methods = tuple(wanted.methods.split())
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
