@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bshub.graph.pairs import ConvBN
+from bshub.graph.pairs import ConvBN, Reader
 from bshub.parallel import Workers
 
 GRID = 4
@@ -41,23 +42,29 @@ def affine_of(pair: ConvBN, named: dict[str, Tensor]) -> Affine:
         Scale, shift, running mean and variance, ``[out]`` each.
     """
     device = named[f"{pair.name}.weight"].device
+    if len(pair.readers) == 1 and np.array_equal(pair.readers[0].filters, np.arange(pair.out_channels)):
+        return _normalised(pair.readers[0], named, device)  # nothing to choose, as in most networks
     scale = torch.zeros(pair.out_channels, device=device)
     shift, mean, variance = torch.zeros_like(scale), torch.zeros_like(scale), torch.ones_like(scale)
     scale[torch.from_numpy(~pair.paired)] = 1
     for reader in pair.readers:
-        norm = reader.norm
-        filters = torch.from_numpy(reader.filters).to(device)
-        at = torch.from_numpy(reader.channels).to(device)
-        assert norm.weight and norm.mean and norm.variance
-        mu, var = named[norm.mean][at].float(), named[norm.variance][at].float()
-        factor = named[norm.weight].detach()[at].float() / (var + norm.eps).sqrt()
-        beta = named[norm.bias].detach()[at].float() if norm.bias else torch.zeros_like(mu)
-        better = factor.abs() > scale[filters].abs()
+        filters, own = torch.from_numpy(reader.filters).to(device), _normalised(reader, named, device)
+        better = own.scale.abs() > scale[filters].abs()
         better |= (variance[filters] == 1) & (mean[filters] == 0) & (scale[filters] == 0)
         chosen = filters[better]
-        scale[chosen], shift[chosen] = factor[better], (beta - factor * mu)[better]
-        mean[chosen], variance[chosen] = mu[better], var[better]
+        scale[chosen], shift[chosen] = own.scale[better], own.shift[better]
+        mean[chosen], variance[chosen] = own.mean[better], own.variance[better]
     return Affine(scale, shift, mean, variance)
+
+
+def _normalised(reader: Reader, named: dict[str, Tensor], device: torch.device) -> Affine:
+    """One batch norm, at the channels where it reads the filters."""
+    norm, at = reader.norm, torch.from_numpy(reader.channels).to(device)
+    assert norm.weight and norm.mean and norm.variance
+    mean, variance = named[norm.mean][at].float(), named[norm.variance][at].float()
+    scale = named[norm.weight].detach()[at].float() / (variance + norm.eps).sqrt()
+    beta = named[norm.bias].detach()[at].float() if norm.bias else torch.zeros_like(mean)
+    return Affine(scale, beta - scale * mean, mean, variance)
 
 
 def shift_of(mean: Tensor, variance: Tensor, affine: Affine) -> Tensor:
