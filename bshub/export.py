@@ -19,6 +19,7 @@ from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel
 from bshub.progress import Progress, Steps
 from bshub.release.card import shown_reference
+from bshub.release.even import evened
 from bshub.release.onnx import export_onnx, open_session, set_metadata
 from bshub.release.onnx_image import BOUND, compare_pictures, prepend_preprocessing
 from bshub.release.onnx_metadata import onnx_metadata
@@ -120,9 +121,9 @@ def _make(
 ) -> None:
     sample = images[:PARITY_IMAGES]
     with steps.step("onnx"):
-        report["parity"] = export_onnx(
-            source.module, sample, path, onnx_metadata(source, made), opset=wishes.opset
-        ).as_dict()
+        even = evened(source, source.module, source.origin.recipe, sample)
+        parity = export_onnx(even.model, sample, path, onnx_metadata(source, made), opset=wishes.opset)
+        report["parity"] = {**parity.as_dict(), **even.facts()}
     if wishes.int8:
         assert clean is not None
         with steps.step("int8"):

@@ -22,6 +22,7 @@ from bshub.release.artifact import WEIGHTS, file_digests, write_json, write_mode
 from bshub.release.bom import BOM, bill_of_materials
 from bshub.release.card import Extras, Plot, model_card, shown_reference
 from bshub.release.dense import FOLDER, check_dense, dense_copy, write_dense
+from bshub.release.even import evened
 from bshub.release.evidence import Evidence, gather
 from bshub.release.onnx import export_onnx
 from bshub.release.onnx_metadata import onnx_metadata
@@ -96,8 +97,9 @@ def write_artifact(
     if wishes.onnx:
         made = {"counts": report["counts"], "score": report["diagnosis"]["score"]}
         with steps.step("onnx"):
-            parity = export_onnx(result.model, images, folder / "model.onnx", onnx_metadata(source, made))
-        report["onnx"] = {**parity.as_dict(), "bytes": (folder / "model.onnx").stat().st_size}
+            even = evened(source, result.model, recipe, images)
+            parity = export_onnx(even.model, images, folder / "model.onnx", onnx_metadata(source, made))
+        report["onnx"] = {**parity.as_dict(), **even.facts(), "bytes": (folder / "model.onnx").stat().st_size}
     if wishes.dense:
         with steps.step("dense"):
             dense, proof = dense_copy(source, result.model, recipe, images)

@@ -196,7 +196,9 @@ def test_progress_counts_every_image_once() -> None:
     assert seen == [8, 8, 5]
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (5, 1, 3, 3), (5, 16, 1, 1), (5, 2, 1, 7), (5, 40, 3, 3), (5, 13, 3, 3), (4, 3, 5)])
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 3, 3), (5, 1, 3, 3), (5, 16, 1, 1), (5, 2, 1, 7), (5, 40, 3, 3), (5, 13, 3, 3), (4, 3, 5)]
+)
 def test_filter_norms_match_the_singular_values_of_every_shape(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[0] = 0

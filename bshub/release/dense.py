@@ -57,10 +57,8 @@ def dense_copy(source: LoadedModel, small: nn.Module, recipe: Recipe, images: Te
         ExportError: The copy does not compute what the small network computes.
     """
     check_dense(source)
-    wanted = source.origin.architecture
     try:
-        dense, _, _ = build(wanted, source.origin.num_classes)
-        load_into(dense, scatter(small.state_dict(), recipe, dense.state_dict()), origin="the dense copy")
+        dense = full_network(source, small, recipe)
     except BshubError as error:
         raise ExportError(f"no dense copy: {error.message}", hint=LEAVE_OUT) from None
     proof = compare(small, dense, images)
@@ -70,6 +68,25 @@ def dense_copy(source: LoadedModel, small: nn.Module, recipe: Recipe, images: Te
             hint=LEAVE_OUT,
         )
     return dense, proof
+
+
+def full_network(source: LoadedModel, small: nn.Module, recipe: Recipe) -> nn.Module:
+    """The network as its library builds it, with the small one's tensors in their first places.
+
+    Args:
+        source: Says how the library builds it.
+        small: The sanitized network, on the CPU.
+        recipe: Everything that surgery changed, in original indices.
+
+    Returns:
+        In evaluation mode.
+
+    Raises:
+        BshubError: The library does not build it, or the recipe does not fit.
+    """
+    full, _, _ = build(source.origin.architecture, source.origin.num_classes, stem=recipe.stem)
+    load_into(full, scatter(small.state_dict(), recipe, full.state_dict()), origin="the dense copy")
+    return full.eval()
 
 
 def scatter(small: Mapping[str, Tensor], recipe: Recipe, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,11 +107,11 @@ def scatter(small: Mapping[str, Tensor], recipe: Recipe, full: Mapping[str, Tens
     for name, tensor in small.items():
         axes = recipe.kept.get(name, {})
         if name not in full or full[name].ndim != tensor.ndim:
-            raise ExportError(f"no dense copy: the library's network has no such tensor as {name!r}", hint=LEAVE_OUT)
+            raise ExportError(f"the library's network has no such tensor as {name!r}", hint=LEAVE_OUT)
         places = [torch.tensor(axes.get(axis, range(size))) for axis, size in enumerate(full[name].shape)]
         fits = [len(index) for index in places] == list(tensor.shape)
         if not fits or any(len(p) and int(p.max()) >= n for p, n in zip(places, full[name].shape, strict=True)):
-            raise ExportError(f"no dense copy: the recipe does not fit the tensor {name!r}", hint=LEAVE_OUT)
+            raise ExportError(f"the recipe does not fit the tensor {name!r}", hint=LEAVE_OUT)
         if not axes:
             dense[name] = tensor
             continue

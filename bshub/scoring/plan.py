@@ -87,7 +87,7 @@ def make_plan(
     Returns:
         The plan.
     """
-    channels, groups = flow.channels, flow.groups
+    groups = flow.groups
     pairs = {pair.name: pair for pair in (*pairing.pairs, *pairing.bare)}
     marked = {name: np.unique(np.asarray(index, np.int64)) for name, index in flagged.items() if len(index)}
     useless = {
@@ -132,13 +132,43 @@ def make_plan(
         columns=columns,
         zeroed={name: sorted(index) for name, index in zeroed.items()},
         stays=stays,
-        refilled={
-            module: (axis, len(lane), np.flatnonzero(~gone[lane.slots]).tolist())
-            for module, (axis, lane) in channels.refills.items()
-            if gone[lane.slots].any()
-        },
+        refilled=_refilled(flow, gone),
         spare={name: index.tolist() for name, index in useless.items() if len(index)},
     )
+
+
+def cuts_alone(flow: ChannelFlow, gone: np.ndarray) -> RemovalPlan:
+    """A plan that says what leaves the tensors, and nothing of why.
+
+    Args:
+        flow: The model's channels.
+        gone: Whether each variable leaves, ``[variables]``; whole groups.
+
+    Returns:
+        The plan, with ``kept``, ``columns`` and ``refilled``.
+    """
+    kept, columns = _cuts(flow, gone)
+    return RemovalPlan({}, {}, {}, {}, kept, columns, {}, {}, _refilled(flow, gone))
+
+
+def variables_gone(flow: ChannelFlow, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> np.ndarray:
+    """The inverse: which variables leave, told from the axes that lose indices.
+
+    Args:
+        flow: The model's channels.
+        kept: Parameter → axis → indices that stay.
+
+    Returns:
+        ``[variables]``.
+    """
+    leaving = np.zeros(flow.channels.variables, bool)
+    for name, axes in kept.items():
+        for axis, stays in axes.items():
+            slots = flow.channels.axes[name][axis]
+            lost = np.ones(len(slots), bool)
+            lost[list(stays)] = False
+            leaving[flow.groups[slots[lost]]] = True
+    return leaving[flow.groups]
 
 
 def as_arrays(filters: Mapping[str, Sequence[int]]) -> dict[str, Ints]:
@@ -227,6 +257,14 @@ def _cuts(
                 if len(read):
                     columns.setdefault(name, {})[axis] = read.tolist()
     return kept, columns
+
+
+def _refilled(flow: ChannelFlow, gone: np.ndarray) -> dict[str, tuple[int, int, list[int]]]:
+    return {
+        module: (axis, len(lane), np.flatnonzero(~gone[lane.slots]).tolist())
+        for module, (axis, lane) in flow.channels.refills.items()
+        if gone[lane.slots].any()
+    }
 
 
 def _silence(pair: ConvBN, filters: Ints, zeroed: dict[str, set[int]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -14,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from bshub.copying import named_tensors
 from bshub.graph.coupling import ChannelFlow
 from bshub.intake.refill import blank, refill
-from bshub.scoring.plan import RemovalPlan
+from bshub.scoring.plan import RemovalPlan, variables_gone
 from bshub.surgery.mirrors import WIDTH_NAME, mirrored_attributes, settle
 
 
@@ -70,7 +69,7 @@ def narrow(
                 store[leaf] = replaced[id(tensor)]
     for name, places in plan.refilled.items():
         refill(model.get_submodule(name), *places)
-    choices = mirrored_attributes(model, flow, _gone(plan, flow))
+    choices = mirrored_attributes(model, flow, variables_gone(flow, plan.kept))
     for owner_name, shapes in old_shapes.items():
         found = {name: [value] for name, value in _own_attributes(model.get_submodule(owner_name), shapes).items()}
         if found:
@@ -120,15 +119,3 @@ def _own_attributes(module: nn.Module, old: dict[str, torch.Size]) -> dict[str, 
                     if type(value) is int and value == was != size and WIDTH_NAME.search(attribute):
                         found[attribute] = size
     return {name: value for name, value in found.items() if getattr(module, name) != value}
-
-
-def _gone(plan: RemovalPlan, flow: ChannelFlow) -> np.ndarray:
-    """Whether each variable leaves: known from the axes that lose indices."""
-    leaving = np.zeros(flow.channels.variables, bool)
-    for name, axes in plan.kept.items():
-        for axis, kept in axes.items():
-            slots = flow.channels.axes[name][axis]
-            lost = np.ones(len(slots), bool)
-            lost[kept] = False
-            leaving[flow.groups[slots[lost]]] = True
-    return leaving[flow.groups]
