@@ -128,7 +128,7 @@ def test_a_copy_that_does_not_hold_is_not_used_and_the_report_says_why(
 
     monkeypatch.setattr(even_module, "full_network", wrong)
     even = evened(source, removal.model, recipe, images())
-    assert even.model is removal.model and "logits would differ" in str(even.facts()["widths"])
+    assert even.model is removal.model and "logits would differ" in str(even.facts()["uneven"])
     monkeypatch.undo()
     broken = Recipe({}, {"conv1.weight": {0: [0]}})
     assert "does not fit" in str(evened(source, removal.model, broken, images()).why)

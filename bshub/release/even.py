@@ -43,7 +43,7 @@ class Evened:
 
     def facts(self) -> dict[str, int | str]:
         """For reports."""
-        return {"zero_filters": self.zeros} | ({} if self.why is None else {"widths": self.why})
+        return {"zero_filters": self.zeros} | ({} if self.why is None else {"uneven": self.why})
 
 
 def evened(source: LoadedModel, small: nn.Module, recipe: Recipe, images: Tensor) -> Evened:
@@ -72,7 +72,7 @@ def evened(source: LoadedModel, small: nn.Module, recipe: Recipe, images: Tensor
             return Evened(small)
         wide, _ = narrowed_copy(full, cuts_alone(flow, left), flow, size)
         proof = compare(wide, small, images)
-    except (BshubError, RuntimeError, ValueError, LookupError, TypeError) as error:
+    except (BshubError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         return Evened(small, why=str(error).splitlines()[0] if str(error) else type(error).__name__)
     if not proof.holds:
         return Evened(small, why=f"its logits would differ by {proof.error:.2g} (at most {proof.bound:g})")

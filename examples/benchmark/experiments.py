@@ -40,7 +40,17 @@ AS_PUBLISHED = (
 LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
 DIGITS = tuple(
     f"digits-{n}"
-    for n in ("badnets-10", "blended-10", "wanet-10", "sig-5", "input-aware-10", "clean", "clean-3", "clean-4")
+    for n in (
+        "badnets-10",
+        "blended-10",
+        "wanet-10",
+        "sig-5",
+        "input-aware-10",
+        "adaptive-10",
+        "clean",
+        "clean-3",
+        "clean-4",
+    )
 )
 MU = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
