@@ -63,11 +63,12 @@ def against_weights(view: View) -> Tensor:
 
 
 def against_default(view: View) -> Tensor:
-    """Hides from the default: ``mean relu(z) + mean KL / bound`` of the triggered channels.
+    """Hides from the default: ``mean relu(z) + mean log(1 + KL / bound)`` of the triggered channels.
 
     z is the standardised ``tac`` under the attacker's own trigger, of which the defender's inverted one is a likeness.
     ``KL`` of the clean images' map from the running statistics is what the look at batch norm flags above its bound
-    (``scoring/shifted.py``), for ``DEFENDER`` images.
+    (``scoring/shifted.py``), for ``DEFENDER`` images. Its logarithm: early in a training, when the running statistics
+    lag behind, KL is thousands of bounds, and its own slope would end the training.
 
     Args:
         view: Model, channels and images.
@@ -92,7 +93,7 @@ def against_default(view: View) -> Tensor:
         change = act(stamped * factor + offset) - act(clean * factor + offset)
         answers.append(standardize(change.flatten(2).norm(dim=2).mean(0))[chosen].relu())
     bound = CHANCE / (DEFENDER + SHRINK)
-    return torch.cat(answers).mean().float() + torch.cat(shifts).mean() / bound
+    return torch.cat(answers).mean().float() + (torch.cat(shifts) / bound).log1p().mean()
 
 
 PENALTIES: dict[str, Callable[[View], Tensor]] = {"default": against_default, "lipschitz": against_weights}
