@@ -34,7 +34,7 @@ NETWORKS = (
     CIFAR,
 )
 BATCH, IMAGES, TURNS = 16, 32, 3
-FEW, MANY, MANY_SMALL = 64, 256, 4096  # images for the peak memory; at 32 px there is time for many
+FEW, MANY, MANY_SMALL = 64, 1024, 4096  # images for the peak memory; at 32 px there is time for more
 BOUNDS = {"statistics": 2.0, "spectral": 5.0}  # of --check: generous, since CI shares its cores
 
 

@@ -18,7 +18,7 @@ from published_page import published_table
 from bshub.benchmark.page import DASH, drawn, number, rate_cell
 from bshub.benchmark.plots import draw_plots
 from bshub.benchmark.rows import on_weights
-from bshub.benchmark.summary import Group, Row, groups
+from bshub.benchmark.summary import Group, Row, groups, rate
 
 TITLES = {
     "1": "1. BadNets 1 %, a handful of clean images",
@@ -39,20 +39,23 @@ WHY_NOT = {  # models → why their attack stays below its paper
         "sig and label-consistent at 10 % poison every image of the target class: no network sees it without the "
         "trigger, and the clean images of that class are lost. At 1 % their ACC is the clean model's."
     ),
-    "blended-10 wanet-10 input-aware-10 px64-badnets-10 px64-blended-10 px64-wanet-10": (
+    "blended-10 wanet-10 px64-badnets-10 px64-blended-10 px64-wanet-10": (
         "ACC two to five points below, while the intervals of both figures are ± 1.8 points wide."
     ),
     "badnets-1": "badnets-1: an earlier training by the same recipe, on another processor, lay above the bar.",
     "wanet-10": "wanet-10: its paper trains 1,000 epochs, this is the state after six.",
-    "input-aware-10 digits-input-aware-10": (
-        "input-aware: its pattern network learns beside the classifier, for 600 epochs in its paper and at a tenth of "
-        "the learning rate, six here (thirty on digits)."
+    "input-aware-10": (
+        "input-aware: its pattern network learns beside the classifier, for 600 epochs in its paper, six here. A fifth "
+        "of the learning rate of the others is what it can follow, and too little for the classifier in six epochs; "
+        "at theirs the accuracy was that of the clean model, and one trigger of five worked."
     ),
+    "digits-input-aware-10": "digits-input-aware-10: 360 steps are too few for a generator and a classifier.",
     "px64-wanet-10": "px64-wanet-10: the warp moves the mean pixel by a quarter of a pixel, as at 32 pixels.",
     "px64-sig-10": "px64-sig-10: six periods on 64 pixels are half as steep, and the stem halves the image twice.",
     "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
 }
-OLDER = ("input-aware-10", "adaptive-10", "wanet-1")  # by a slower search; the models are gone
+OLDER = ("adaptive-10", "wanet-1")  # by a slower search; the models are gone
+HIDING = "digits-adaptive-10"
 MOST_IMAGES = 50  # per class, in every section but the tenth
 
 
@@ -211,6 +214,15 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
         "not listed, a third (UNSEEN) after a false alarm on digits-sig-5. digits-clean-3 and digits-clean-4 had no "
         "say."
     )
+    left = {
+        g.per_class: number(g.mean(rate("after", "asr"))) for g in found if g.model == HIDING and g.method == "bshub"
+    }
+    if left:
+        text += (
+            f" **{HIDING}** is BadNets by an attacker who penalises what the default looks at (`adaptive`, a "
+            "tenth of the usual weight; at the full one the network learned neither task): the default leaves "
+            f"{left.get(10, DASH)} % with ten images per class and {left.get(1, DASH)} with one."
+        )
     return [*textwrap.wrap(text, 116), "", *false_alarms(found), "", *detail_table(found, wanted)]
 
 
