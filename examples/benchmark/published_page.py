@@ -82,7 +82,8 @@ def _finding(found: list[Group]) -> list[str]:
         "Fine-pruning and NAD's teacher contain the same fine-tuning, and so does FT-SAM (published: 92.1 / 2.5, a "
         f"mean over ten attacks), which leaves the demo {left('demo', 'ft-sam')} %.",
         f"**ANP** does what was published: it leaves the demo {left('demo', 'anp')} % for "
-        f"{lost.get(('demo', 'anp'), DASH)} points of ACC (published: {told[1]} for {PUBLISHED_BEFORE[0] - told[0]:.1f}).",
+        f"{lost.get(('demo', 'anp'), DASH)} points of ACC (published: {told[1]} for "
+        f"{PUBLISHED_BEFORE[0] - told[0]:.1f}).",
         "**NAD** at the rate of its authors (0.1 for two epochs) costs these networks their accuracy; at "
         "BackdoorBench's it inherits what its teacher was left with.",
         f"**CLP** asks for a bound three deviations above the layer's mean. Among {NARROWEST} filters none can lie "
