@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from bshub.benchmark.summary import Group, Row, accuracy_drop, groups, rate
 
 WIDTH, HEIGHT = 520, 300
 MOST_MU = 10
+OURS, OURS_COLOR = "bshub", "#111827"  # nearly black: a scheme of colors would begin again at the eleventh method
+OTHERS = ("#4c78a8", "#f58518", "#e45756", "#54a24b", "#b8a21a", "#b279a2", "#ff8fa3", "#9d755d", "#94a3b8",
+          "#2dd4bf", "#7c3aed", "#be123c", "#0ea5e9", "#84cc16")  # fmt: skip
 
 
 def draw_plots(rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
@@ -118,8 +122,8 @@ def trade_chart(points: list[dict[str, Any]]) -> Any:
         .encode(
             x=alt.X("drop:Q", title="points of clean accuracy lost"),
             y=alt.Y("asr:Q", title="ASR after, %", scale=alt.Scale(domain=[0, 100])),
-            color=alt.Color("method:N", title=None),
-            shape=alt.Shape("method:N", title=None),
+            color=_colored(points),
+            shape=alt.Shape("method:N", title=None, scale=alt.Scale(domain=_methods(points))),
         )
     )
 
@@ -149,9 +153,23 @@ def count_chart(points: list[dict[str, Any]]) -> Any:
         .encode(
             x=alt.X("per_class:O", title="clean images per class", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("mean(asr):Q", title="mean ASR after, %", scale=alt.Scale(domain=[0, 100])),
-            color=alt.Color("method:N", title=None),
+            color=_colored(points),
         )
     )
+
+
+def _colored(points: list[dict[str, Any]]) -> Any:
+    """A color for each method, ours the darkest."""
+    import altair as alt
+
+    names = _methods(points)  # the same for the shapes: two scales that differ get two legends
+    others = itertools.cycle(OTHERS)
+    range_ = [OURS_COLOR if name == OURS else next(others) for name in names]
+    return alt.Color("method:N", title=None, scale=alt.Scale(domain=names, range=range_))
+
+
+def _methods(points: list[dict[str, Any]]) -> list[str]:
+    return sorted({point["method"] for point in points})
 
 
 def _styled(chart: Any) -> Any:
