@@ -44,7 +44,8 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         "*bar*: what was asked for, as a mean over the twelve attacked models. *chosen on*: the models that the "
         f"default's knobs were turned on ({', '.join(CHOSEN_ON)}); *others*: all that had no say. *took*: those of the "
         f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not. "
-        "*adaptive*: trained against the score of the weights, before the attack knew the default's. "
+        "*adaptive*: trained against the score of the weights, before the attack knew the default's (one against these "
+        "stands in section 9). "
         "*none*: no image at all, 128 made-up ones stand in."
     )
     table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *false_alarms(found)]
