@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from conftest import DEMO, Artifact, bshub_command
-from nets import randomize_batch_norm, relative_error
-from safetensors.torch import save_file
+from nets import Net, relative_error
 from torch import nn
 
 import bshub.release.even as even_module
-from bshub.graph.coupling import follow_channels
-from bshub.graph.pairs import find_pairs
 from bshub.intake.build import build
 from bshub.intake.models import LoadedModel, load_model
 from bshub.intake.recipe import Recipe
 from bshub.intake.reference import parse_architecture
+from bshub.release.artifact import WEIGHTS, write_weights
 from bshub.release.even import BLOCKS, evened
-from bshub.surgery.remove import Removal, remove
+from bshub.surgery.remove import Removal
 
 # what a removal meets: shortcuts, concatenations, depthwise chains with gates, channels that slide, shuffles, groups
 NETWORKS = [
@@ -40,27 +38,15 @@ SIZE = (3, 32, 32)
 def loaded(reference: str, folder: Path) -> LoadedModel:
     torch.manual_seed(0)
     module, _, _ = build(parse_architecture(reference), 7)
-    path = folder / "weights.safetensors"
-    save_file({name: t.contiguous() for name, t in randomize_batch_norm(module).state_dict().items()}, path)
+    path = folder / WEIGHTS
+    write_weights(path, module)
     return load_model(str(path), arch=reference, num_classes=7)
 
 
-def thinned(model: nn.Module, share: float = 0.2) -> Removal:
-    """Without a random part of every layer's filters."""
-    flow, _ = follow_channels(model, SIZE)
-    pairing, rng = find_pairs(model, flow), np.random.default_rng(0)
-    return remove(
-        model,
-        flow,
-        pairing,
-        {pair.name: np.flatnonzero(pair.paired & (rng.random(pair.out_channels) < share)) for pair in pairing.pairs},
-        images(),
-    )
-
-
-def without(model: nn.Module, layer: str, filters: list[int]) -> Removal:
-    flow, _ = follow_channels(model, SIZE)
-    return remove(model, flow, find_pairs(model, flow), {layer: np.array(filters)}, images())
+def thinned(source: LoadedModel, flagged: Mapping[str, Sequence[int]] | None = None) -> Removal:
+    """Without the flagged filters, or a random part of every layer's."""
+    net = Net(source.module, SIZE[1])
+    return net.remove(net.flags(0.2) if flagged is None else flagged)
 
 
 def images() -> torch.Tensor:
@@ -78,7 +64,7 @@ def widths(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("reference", NETWORKS)
 def test_every_layer_of_whole_blocks_is_so_again_and_the_answers_stay(reference: str, tmp_path: Path) -> None:
     source = loaded(reference, tmp_path)
-    removal = thinned(source.module)
+    removal = thinned(source)
     before = {name: tensor.clone() for name, tensor in removal.model.state_dict().items()}
     even = evened(source, removal.model, recipe_of(removal, source), images())
     assert even.why is None and even.zeros > 0
@@ -94,7 +80,7 @@ def test_every_layer_of_whole_blocks_is_so_again_and_the_answers_stay(reference:
 
 def test_what_is_filled_up_is_zero_and_no_more_of_it_than_makes_a_block(tmp_path: Path) -> None:
     source = loaded("timm/resnet18?channels=32,32,32,32", tmp_path)
-    removal = without(source.module, "layer1.0.conv1", list(range(18)))  # of 32: 14 stay, 16 make a block
+    removal = thinned(source, {"layer1.0.conv1": range(18)})  # of 32: 14 stay, 16 make a block
     even = evened(source, removal.model, recipe_of(removal, source), images())
     weight = even.model.get_parameter("layer1.0.conv1.weight")
     assert even.zeros == 2 and len(weight) == 16
@@ -107,7 +93,7 @@ def test_what_is_filled_up_is_zero_and_no_more_of_it_than_makes_a_block(tmp_path
 
 def test_a_network_of_odd_widths_and_one_that_lost_nothing_stay_as_they_are(tmp_path: Path) -> None:
     source = loaded("timm/resnet18?channels=15,15,15,15", tmp_path)
-    removal = without(source.module, "layer1.0.conv1", [1, 7])
+    removal = thinned(source, {"layer1.0.conv1": [1, 7]})
     odd = evened(source, removal.model, recipe_of(removal, source), images())
     assert odd.model is removal.model and odd.zeros == 0 and odd.why is None
     whole = evened(source, source.module, source.origin.recipe, images())
@@ -118,7 +104,7 @@ def test_a_copy_that_does_not_hold_is_not_used_and_the_report_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = loaded("timm/resnet18?channels=16,16,16,16", tmp_path)
-    removal = thinned(source.module)
+    removal = thinned(source)
     right, recipe = even_module.full_network, recipe_of(removal, source)
 
     def wrong(*args: object) -> nn.Module:

@@ -86,7 +86,7 @@ def full_network(source: LoadedModel, small: nn.Module, recipe: Recipe) -> nn.Mo
     """
     full, _, _ = build(source.origin.architecture, source.origin.num_classes, stem=recipe.stem)
     load_into(full, scatter(small.state_dict(), recipe, full.state_dict()), origin="the dense copy")
-    return full.eval()
+    return full
 
 
 def scatter(small: Mapping[str, Tensor], recipe: Recipe, full: Mapping[str, Tensor]) -> dict[str, Tensor]:

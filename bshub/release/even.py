@@ -67,7 +67,7 @@ def evened(source: LoadedModel, small: nn.Module, recipe: Recipe, images: Tensor
         pairing = find_pairs(full, flow)
         gone = variables_gone(flow, recipe.kept)
         left = _whole_blocks(flow, pairing, gone)
-        zeros = _filters(pairing, gone) - _filters(pairing, left)
+        zeros = _filters(pairing, gone & ~left)
         if not zeros:
             return Evened(small)
         wide, _ = narrowed_copy(full, cuts_alone(flow, left), flow, size)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
+from bshub.copying import named_tensors
 from bshub.graph.pairs import ConvBN, Pairing
 from bshub.graph.trace import in_mode
 from bshub.intake.preprocessing import Preprocessing
@@ -183,7 +184,7 @@ def _answers(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> list
 @contextmanager
 def _watch(model: nn.Module, pairs: Sequence[ConvBN]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """Layer → per batch the largest activation of each filter ``(n, out)`` and its place ``(n, out, 2)``, 0 to 1."""
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model)
     peaks: dict[str, list[tuple[Tensor, Tensor]]] = {pair.name: [] for pair in pairs}
 
     def see(pair: ConvBN) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bshub.copying import named_tensors
 from bshub.graph.pairs import ConvBN, Pairing
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.stream import activation_of, affine_of
@@ -103,7 +104,7 @@ def _maps(
     model: nn.Module, pairing: Pairing, keep_of: Callable[[Tensor], Tensor] = lambda map_: map_
 ) -> Iterator[dict[str, Tensor]]:
     """Each pair's map after batch norm and activation, or what is to be kept of it, filled by every run."""
-    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model)
     maps: dict[str, Tensor] = {}
 
     def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -136,13 +136,13 @@ def filter_norms(weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=(1, 2))
     if matrix.shape[1] < matrix.shape[2]:
         matrix = matrix.transpose(1, 2)
-    k = matrix.shape[2]
-    # two rows side by side: a product of 2k columns is faster than one of few, though it needs but half of what it
-    # computes
-    paired = matrix.reshape(len(matrix), -1, 2 * k) if matrix.shape[1] % 2 == 0 else matrix
-    gram = paired.transpose(1, 2) @ paired
-    if paired is not matrix:
-        gram = gram[:, :k, :k] + gram[:, k:, k:]  # (out, k, k), k = min(in/groups, prod(kernel))
+    k = matrix.shape[2]  # min(in/groups, prod(kernel))
+    if matrix.shape[1] % 2:
+        gram = matrix.transpose(1, 2) @ matrix  # (out, k, k)
+    else:  # two rows side by side: a product of 2k columns is the faster one, though half of it is not needed
+        rows = matrix.reshape(len(matrix), -1, 2 * k)
+        both = rows.transpose(1, 2) @ rows
+        gram = both[:, :k, :k] + both[:, k:, k:]
     # float64: the Gram matrix squares the condition number
     return torch.linalg.eigvalsh(gram.double())[:, -1].clamp_min(0).sqrt().float()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.benchmark.cost import costs
+from bshub.copying import named_tensors
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.intake.build import build
@@ -142,7 +143,7 @@ def spectral_ratio(reference: str, turns: int = TURNS) -> dict[str, Any]:
             for tensor in (module.weight.data, module.running_var):
                 tensor.uniform_(0.5, 1.5)
     pairing = find_pairs(model, follow_channels(model, size)[0])
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = named_tensors(model)
     weights = [named[f"{pair.name}.weight"].detach() for pair in pairing.pairs]
     norms = [pair.readers[0].norm for pair in pairing.pairs]
 

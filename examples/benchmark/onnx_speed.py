@@ -13,7 +13,6 @@ import onnxruntime
 import torch
 from demo import demo
 from look_speed import cpu_seconds, network
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bshub.graph.cost import count_macs
@@ -22,6 +21,7 @@ from bshub.graph.pairs import find_pairs
 from bshub.graph.trace import record
 from bshub.intake.models import LoadedModel, load_model
 from bshub.pipeline import sanitize
+from bshub.release.artifact import WEIGHTS, write_weights
 from bshub.release.even import evened
 from bshub.release.onnx import export_onnx
 from bshub.settings import Settings
@@ -44,8 +44,9 @@ def onnx_rows() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for reference in LARGE:
             model, size = network(reference)
-            save_file({n: t.contiguous() for n, t in model.state_dict().items()}, Path(folder) / "w.safetensors")
-            source = load_model(str(Path(folder) / "w.safetensors"), arch=reference)
+            weights = Path(folder) / WEIGHTS
+            write_weights(weights, model)
+            source = load_model(str(weights), arch=reference)
             images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
             removal = _thinned(source.module, images)
             rows.append(

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from demo import as_victim
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bshub.copying import named_tensors
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.intake.models import load_model
+from bshub.release.artifact import WEIGHTS, write_weights
 
 SHORTER = 5.0  # factor of the squared length
 SHORT = "demo-short"
@@ -81,7 +81,7 @@ def as_short_victim(demo: Path, folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(demo, partial)
-    save_file({name: tensor.contiguous() for name, tensor in short.state_dict().items()}, partial / "model.safetensors")
+    write_weights(partial / WEIGHTS, short)
     record = json.loads((partial / "training.json").read_text(encoding="utf-8"))
     record["squared_length"] = {"before": squared_length(source.module), "after": squared_length(short)}
     (partial / "training.json").write_text(json.dumps(record), encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bshub.copying import named_tensors
 from bshub.graph.pairs import ConvBN
 from bshub.graph.trace import in_mode
 from bshub.scoring.selection import standardize
@@ -76,7 +77,7 @@ def against_default(view: View) -> Tensor:
     Returns:
         A scalar with a gradient to the weights.
     """
-    named: dict[str, Tensor] = {**dict(view.model.named_parameters()), **dict(view.model.named_buffers())}
+    named = named_tensors(view.model)
     outputs = conv_outputs(view.model, view.pairs, torch.cat([view.clean, view.stamped]))
     answers, shifts = [], []
     for pair in view.pairs:
@@ -138,7 +139,7 @@ def norm_scale(model: nn.Module, pair: ConvBN) -> Tensor:
     Returns:
         ``[out]``, not negative.
     """
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = named_tensors(model)
     weight: Any = model.get_submodule(pair.name).weight
     scale = torch.zeros(pair.out_channels, device=weight.device)
     for reader in pair.readers:
