@@ -155,6 +155,7 @@ def diagnose(
     with steps.step("statistics", clean.total if clean is not None and stream else None) as advance:
         statistics = measure(model, pairing, stream, taylor=shrinks, workers=workers, progress=advance)
     rate, yardstick, shifted, shortcut = None, None, None, None
+    half = settings.precision == "bf16"
     if clean is not None:
         clean.drain()
         clean.join()
@@ -170,13 +171,15 @@ def diagnose(
         if asks_trigger:
             with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
                 least = GAP_MADE_UP if clean.made_up else GAP
-                found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least)
+                found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least, half)
                 shortcut, response = confirm(model, pairing, clean.images, clean.labels, found, shifted, clean.made_up)
             explained = _explained(shortcut, shifted, yardstick, clean)
             name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)
     with steps.step("threshold"):
         scores = _scores(name, pairing, statistics, shortcut, shifted)
-        threshold = _threshold(scores, clean, yardstick, shortcut, shifted, name, settings)
+        kind = next(model.parameters()).device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):  # each μ is a network of its own
+            threshold = _threshold(scores, clean, yardstick, shortcut, shifted, name, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None
     if settings.shrink and not shrinks:

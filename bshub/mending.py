@@ -84,7 +84,8 @@ def bring_back(
         return Outcome(False, "none was asked for", now)
     if not (removed or triggers):
         return Outcome(False, "nothing was found and nothing removed", now)
-    held = held_against(pruned, triggers, clean)
+    half = settings.precision == "bf16"
+    held = held_against(pruned, triggers, clean, half)
     unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     if searched and not unlearns and before.n >= SHOWS_LOSS and now.value >= before.value:
         # what the network was before may teach the backdoor again
@@ -99,13 +100,13 @@ def bring_back(
             pruned, original, clean.images, clean.labels, zeroed, settings.repair, schedule,
             triggers=triggers if unlearns else (), workers=workers, progress=advance,
         )  # fmt: skip
-    share = 1.0 if unlearns else keep_disarmed(pruned, weights, triggers, clean)
+    share = 1.0 if unlearns else keep_disarmed(pruned, weights, triggers, clean, half)
     after = clean_accuracy(pruned, clean.batches(settings.batch_size))
-    left = held_against(pruned, triggers, clean)
+    left = held_against(pruned, triggers, clean, half)
     why = "what was left of the trigger was unlearned" if unlearns else "accuracy was brought back"
     if share < 1:
         why = f"{why} {100 * share:.0f} % of the way; further on the trigger works again"
-    slow = settings.precision == "bf16" and not has_bf16(clean.images.device)
+    slow = half and not has_bf16(clean.images.device)
     outcome = Outcome(share > 0, why, after, passes, warnings=(SLOW_BF16,) if slow else ())
     if triggers:
         outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})

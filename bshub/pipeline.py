@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
-from bshub.device import pick_device
+from bshub.device import pick_device, pick_precision
 from bshub.diagnosis import WEIGHTS_ONLY_SCORE, Diagnosis, diagnose
 from bshub.evaluation.defenses.interface import DefenseSettings
 from bshub.evaluation.defenses.registry import find_defense
@@ -90,6 +90,7 @@ def sanitize(
     find_repair(settings.repair)
     defense = None if settings.method in OURS else find_defense(settings.method, OURS)
     original = _working_copy(model, device)
+    settings = replace(settings, precision=pick_precision(settings.precision, original, device))
     clean = _images(original, loader, device, total, workers)
     # a baseline does what it does: nobody asks for a trigger then
     looking = replace(settings, score=WEIGHTS_ONLY_SCORE) if defense else settings
@@ -194,6 +195,7 @@ def scan(
     steps = progress if isinstance(progress, Steps) else Steps(progress)
     device = pick_device(settings.device)
     original = _working_copy(model, device)
+    settings = replace(settings, precision=pick_precision(settings.precision, original, device))
     clean = _images(original, loader, device, total, workers) if loader is not None else None
     size = clean.input_size if clean is not None else input_size or (3, 224, 224)
     return diagnose(original, size, clean, settings, steps, workers)

@@ -42,8 +42,8 @@ class Settings:
         batch_size: Images per batch.
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        precision: Of the repair's arithmetic: ``fp32``, or ``bf16`` (autocast; weights stay float32), which takes less
-            time on processors that have it. Plan and proof do not depend on it.
+        precision: Of the passes that search for a trigger and repair: ``fp32``, ``bf16`` (autocast; weights stay
+            float32), or ``auto``, bf16 where that takes less time. Statistics, threshold and proof are in float32.
         effort: Share of a baseline's published iterations, 1 = as published; ours has none.
         shrink: Largest share of the filters that leave beside the suspicious ones because they are of little use, as
             far as the budget allows; 0 = none. Not for baselines.
@@ -59,7 +59,7 @@ class Settings:
     batch_size: int = 32
     seed: int = 0
     device: str = "auto"
-    precision: str = "fp32"
+    precision: str = "auto"
     effort: float = 1.0
     shrink: float = 0.0
 
@@ -80,8 +80,8 @@ class Settings:
                     f"{name} must be {kind}, not {value!r}",
                     hint=_CORRECT,
                 )
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision is fp32 or bf16, not {self.precision!r}", hint=_CORRECT)
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"precision is auto, fp32 or bf16, not {self.precision!r}", hint=_CORRECT)
         if not 0 <= self.budget <= 100:
             raise UsageError(
                 f"budget is accuracy in points, 0 to 100, not {self.budget!r}",

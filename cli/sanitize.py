@@ -51,7 +51,9 @@ def sanitize(
     finetune_lr: Annotated[
         float, typer.Option("--finetune-lr", "--lr", help="Peak learning rate of these passes.")
     ] = 0.002,
-    precision: Annotated[str, typer.Option(help="Of the repair: fp32, or bf16 where it is faster.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of search and repair: fp32, bf16, or auto: the faster here.")
+    ] = "auto",
     batch_size: options.BatchSize = 32,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Export and compare ONNX.")] = True,
     dense: Annotated[

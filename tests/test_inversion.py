@@ -121,6 +121,13 @@ def test_the_class_behind_a_backdoor_is_found_and_no_class_of_a_sound_network() 
     assert not find_shortcut(sound, *clean_images(sound), seed=0).triggers
 
 
+def test_the_search_finds_the_same_class_in_bfloat16() -> None:
+    model = Planted(backdoor=True)
+    full, half = (find_shortcut(model, *clean_images(model), seed=0, half=half) for half in (False, True))
+    assert half.targets == full.targets == [TARGET]
+    assert half.needs != full.needs  # it was not float32 again
+
+
 def test_what_is_found_works_and_the_filter_behind_it_answers_most() -> None:
     model = Planted(backdoor=True)
     images, labels = clean_images(model)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bshub.clean import KEPT_IMAGES, CleanImages
+from bshub.device import pick_precision
 from bshub.errors import BshubError, InconclusiveError, UsageError
 from bshub.pipeline import sanitize, scan
 from bshub.scoring.suspiciousness import SCORES
@@ -276,6 +277,28 @@ def test_a_repair_that_makes_things_worse_is_undone_and_said(trained: nn.Module)
     assert untouched.report["repair"] == "none was asked for"
     for name, tensor in untouched.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[name])
+
+
+class Depthwise(nn.Module):
+    """A block as MobileNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_it_and_convolutions_are_dense(
+    trained: nn.Module, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bshub.device.has_bf16", lambda device: units)
+    assert pick_precision("auto", trained, CPU) == ("bf16" if units else "fp32")
+    assert pick_precision("auto", Depthwise(), CPU) == "fp32"
+    assert pick_precision("auto", nn.Conv2d(1, 4, 3), CPU) == ("bf16" if units else "fp32")  # gray images
+    for told in ("fp32", "bf16"):
+        assert pick_precision(told, trained, CPU) == pick_precision(told, Depthwise(), CPU) == told
+    settings = sanitize(trained, batches(), Settings(score="lipschitz", **QUICK)).report["settings"]
+    assert settings["precision"] == ("bf16" if units else "fp32")  # what was used, not what was told
 
 
 @pytest.mark.parametrize("units", [True, False])

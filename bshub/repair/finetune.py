@@ -165,20 +165,20 @@ def repair(
     steps = max(epochs * each, 4)
     # the warm-up needs two steps of its own, which a tenth of a short repair is not
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=max(WARM_UP, 2 / steps))
-    total = 0.0
+    total, half = 0.0, schedule.precision == "bf16"
     with in_mode(model, False), in_mode(teacher, False):
         for epoch in range(epochs):
             total = 0.0
             order = torch.randperm(len(images), generator=generator).split(schedule.batch_size)
             for turn, index in enumerate(order, epoch * each):
                 batch, mine = augment(images[index], generator), workers.part(len(index))
-                stamped = (
-                    _stamped(model, triggers[turn % len(triggers)], batch, labels[index])[mine] if triggers else None
-                )
+                stamped = None
+                if triggers:
+                    stamped = _stamped(model, triggers[turn % len(triggers)], batch, labels[index], half)[mine]
                 optimizer.zero_grad(set_to_none=True)
                 index, batch = index[mine], batch[mine]
                 if len(index):  # the last batch may be smaller than the number of processes
-                    with torch.autocast(batch.device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+                    with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
                         with torch.no_grad():
                             answers = teacher(batch)
                         logits = model(batch if stamped is None else torch.cat((batch, stamped)))
@@ -216,11 +216,11 @@ def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
     return max(schedule.epochs, -(-FEWEST_STEPS // each)) if unlearns and schedule.epochs else schedule.epochs
 
 
-def _stamped(model: nn.Module, trigger: InvertedTrigger, batch: Tensor, labels: Tensor) -> Tensor:
+def _stamped(model: nn.Module, trigger: InvertedTrigger, batch: Tensor, labels: Tensor, half: bool) -> Tensor:
     """The batch with the trigger after one step against the present network; the same in every process."""
     others = batch[labels != trigger.target]
     with asking_only(model, []):
-        trigger.sharpen(model, others if len(others) else batch)
+        trigger.sharpen(model, others if len(others) else batch, half)
     return trigger(batch)
 
 

@@ -23,13 +23,16 @@ TRIES = 8  # steps that each trigger gets against the network
 BATCH = 32
 
 
-def held_against(model: nn.Module, triggers: Sequence[InvertedTrigger], clean: CleanImages) -> float:
+def held_against(
+    model: nn.Module, triggers: Sequence[InvertedTrigger], clean: CleanImages, half: bool = False
+) -> float:
     """Success of the triggers on the clean images of other classes, after each was sharpened against the network.
 
     Args:
         model: In evaluation mode; not changed.
         triggers: They stay as they are.
         clean: The clean images.
+        half: Whether they are sharpened in bfloat16.
 
     Returns:
         The largest share of them all, 0 to 1; 0 without triggers.
@@ -40,7 +43,7 @@ def held_against(model: nn.Module, triggers: Sequence[InvertedTrigger], clean: C
         trying = trigger.copy()
         with in_mode(model, False), asking_only(model, []):
             for part in (others.split(BATCH) * TRIES)[:TRIES] if len(others) else ():
-                trying.sharpen(model, part)
+                trying.sharpen(model, part, half)
         worst = max(worst, trying.success(model, clean.images, clean.labels))
     return worst
 
@@ -58,7 +61,11 @@ def tolerated(images: int) -> float:
 
 
 def keep_disarmed(
-    model: nn.Module, before: Mapping[str, Tensor], triggers: Sequence[InvertedTrigger], clean: CleanImages
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    triggers: Sequence[InvertedTrigger],
+    clean: CleanImages,
+    half: bool = False,
 ) -> float:
     """Go back toward the weights before the repair, until the triggers have no more success than is tolerated.
 
@@ -67,6 +74,7 @@ def keep_disarmed(
         before: Its ``state_dict`` before the repair, where the triggers fail.
         triggers: Inverted triggers.
         clean: The clean images.
+        half: Whether they are sharpened in bfloat16.
 
     Returns:
         The share of the way that was kept, 0 to 1.
@@ -78,7 +86,7 @@ def keep_disarmed(
             for name, tensor in after.items()
         }
         model.load_state_dict(between)
-        if held_against(model, triggers, clean) <= tolerated(len(clean.labels)):
+        if held_against(model, triggers, clean, half) <= tolerated(len(clean.labels)):
             return share
     model.load_state_dict(before)
     return 0.0

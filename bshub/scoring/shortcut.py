@@ -1,8 +1,8 @@
 """Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
 
 All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
-ones that need least run on, as long as one of them comes lower. The race is run on half the images, and in bfloat16
-where the processor has it: it only orders the classes. A need is a mean over the last steps, since a strength swings
+ones that need least run on, as long as one of them comes lower. The race is run on half the images: it only orders
+the classes. A need is a mean over the last steps, since a strength swings
 around it: so the needs of innocent classes came to within a factor of 1.2. A class is found where the next one needs at
 least ``GAP`` times as much, ``GAP_MADE_UP`` times on made-up images.
 """
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bshub.augment import augment
-from bshub.device import has_bf16
 from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES, dense_fit, dense_step
 from bshub.scoring.inversion import STEP, InvertedTrigger
@@ -118,6 +117,7 @@ def find_shortcut(
     seed: int,
     progress: Callable[[int], None] | None = None,
     least: float = GAP,
+    half: bool = False,
 ) -> Shortcut:
     """Search every family of changes for classes that stand out.
 
@@ -128,6 +128,7 @@ def find_shortcut(
         seed: Of the order and the augmentation.
         progress: Called with the number of steps done.
         least: The gap from which a class is found.
+        half: Whether to compute in bfloat16.
 
     Returns:
         What was found, settled at the strength it will be used with.
@@ -136,7 +137,7 @@ def find_shortcut(
         classes = model(images[:1]).shape[-1]
     if classes < MIN_CLASSES:
         return Shortcut((), {}, {}, False, least)
-    feed = _Feed(model, images, labels, seed, progress or (lambda steps: None))
+    feed = _Feed(model, images, labels, seed, progress or (lambda steps: None), half)
     triggers: list[InvertedTrigger] = []
     needs, gaps = {}, {}
     with in_mode(model, False), asking_only(model, []):
@@ -188,10 +189,10 @@ def _race(feed: _Feed, family: str, classes: int) -> list[tuple[InvertedTrigger,
 def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
     """Let triggers run, until some lie far ahead or a final brings nothing new; the strengths of each, by round."""
     ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
-    size, half = (BATCH, False) if final else (RACE_BATCH, feed.half)
+    size = BATCH if final else RACE_BATCH
 
     def sharpen(model: nn.Module, own: tuple[InvertedTrigger, Tensor]) -> None:
-        own[0].sharpen(model, own[1], half)
+        own[0].sharpen(model, own[1], feed.half)
 
     with side_by_side(feed.model, len(racers)) as each:
         for _ in range(rounds):
@@ -227,10 +228,15 @@ class _Feed:
     """Batches of augmented clean images for one trigger after the other, each class's own images left out."""
 
     def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, seed: int, progress: Callable[[int], None]
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        seed: int,
+        progress: Callable[[int], None],
+        half: bool = False,
     ) -> None:
-        self.model, self.images, self._labels, self.progress = model, images, labels, progress
-        self.half = has_bf16(images.device)
+        self.model, self.images, self._labels, self.progress, self.half = model, images, labels, progress, half
         self._generator = torch.Generator().manual_seed(seed)
         self._indices: dict[int | None, Tensor] = {}
 
@@ -248,7 +254,7 @@ class _Feed:
 
     def step(self, trigger: InvertedTrigger) -> None:
         """One step of one trigger on a fresh batch."""
-        trigger.sharpen(self.model, self.batch(trigger.target))
+        trigger.sharpen(self.model, self.batch(trigger.target), self.half)
         self.progress(1)
 
 
