@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from bshub.errors import UsageError
 
@@ -46,6 +47,13 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
     units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.type == "cpu" and bool(torch.backends.mkldnn.is_available() and units)
+
+
+def in_bf16(device: torch.device, half: bool = True) -> AbstractContextManager[Any]:
+    """Passes in bfloat16 where ``half``; for networks of which each runs a few times: no cast of a weight is kept."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 def pick_precision(name: str, model: nn.Module, device: torch.device) -> str:

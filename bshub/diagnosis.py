@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
+from bshub.device import in_bf16
 from bshub.errors import InconclusiveError
 from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.graph.coupling import ChannelFlow, follow_channels
@@ -18,6 +19,7 @@ from bshub.parallel import Workers
 from bshub.progress import Steps
 from bshub.scoring.confirmation import confirm
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
+from bshub.scoring.recall import recall
 from bshub.scoring.selection import MU_HIGH, MU_NOTHING, Threshold, flag, standardize
 from bshub.scoring.shifted import Shifted, shifted_filters
 from bshub.scoring.shortcut import GAP, GAP_MADE_UP, Shortcut, find_shortcut, total_steps
@@ -167,18 +169,23 @@ def diagnose(
             )
         yardstick = make_yardstick(model, flow, pairing, clean, rate, settings.budget, settings.batch_size)
         if looks:
-            shifted = _shifted(statistics, len(clean.labels), yardstick)
+            with in_bf16(clean.images.device, half):
+                shifted = _shifted(statistics, len(clean.labels), yardstick)
         if asks_trigger:
             with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
                 least = GAP_MADE_UP if clean.made_up else GAP
                 found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least, half)
-                shortcut, response = confirm(model, pairing, clean.images, clean.labels, found, shifted, clean.made_up)
-            explained = _explained(shortcut, shifted, yardstick, clean)
+                with in_bf16(clean.images.device, half):
+                    shown = clean.images, clean.labels
+                    shortcut, response = confirm(model, pairing, *shown, found, shifted, clean.made_up)
+                if real and shortcut.searched and not shortcut.triggers and shifted is not None and shifted.silent:
+                    shortcut, response = recall(model, pairing, *shown, shortcut, settings.seed, advance, half)
+            with in_bf16(clean.images.device, half):
+                explained = _explained(shortcut, shifted, yardstick, clean)
             name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)
     with steps.step("threshold"):
         scores = _scores(name, pairing, statistics, shortcut, shifted)
-        kind = next(model.parameters()).device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):  # each μ is a network of its own
+        with in_bf16(next(model.parameters()).device, half):
             threshold = _threshold(scores, clean, yardstick, shortcut, shifted, name, settings)
         flagged = flag(pairing.pairs, scores, threshold.mu)
         plan, shrink = make_plan(flow, pairing, flagged), None

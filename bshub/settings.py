@@ -37,7 +37,8 @@ class Settings:
             which an inverted trigger fails; nothing where none was found.
         budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``, ``shrink``).
         repair: Key of ``REPAIRS``.
-        finetune_epochs: Passes over the clean images after the surgery.
+        finetune_epochs: Passes over the clean images after the surgery; 0.7 times as many where an inverted
+            trigger is unlearned, which shows every image twice, but no fewer than 24 steps.
         finetune_lr: Peak learning rate of these passes; four times as much where an inverted trigger is unlearned.
         batch_size: Images per batch.
         seed: Seed of everything random.
@@ -116,8 +117,10 @@ class Settings:
                 )
 
     def resolved(self) -> Settings:
-        """With what the method fixes: the paper scores by four statistics and fine-tunes on the labels."""
-        return replace(self, score="bss", repair="finetune") if self.method == "paper" else self
+        """With what the method fixes: the paper scores by four statistics and fine-tunes on the labels, in float32."""
+        precision = "fp32" if self.precision == "auto" else self.precision
+        paper = replace(self, score="bss", repair="finetune", precision=precision)
+        return paper if self.method == "paper" else self
 
     def as_dict(self) -> dict[str, Any]:
         """For reports."""

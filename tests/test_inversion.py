@@ -26,7 +26,7 @@ from bshub.scoring.shortcut import (
     PATIENCE,
     SCREENED,
     SURE,
-    _Feed,
+    Feed,
     _mean,
     _run,
     candidates,
@@ -170,7 +170,7 @@ def test_a_race_ends_once_a_class_lies_far_ahead_and_a_final_also_once_none_come
 ) -> None:
     monkeypatch.setattr("bshub.scoring.shortcut.CLEAR", 1.5)
     model = Planted(backdoor=True)
-    feed = _Feed(model, *clean_images(model), 0, lambda steps: None)
+    feed = Feed(model, *clean_images(model), 0, lambda steps: None)
     leader, other = (InvertedTrigger("additive", target, feed.images) for target in (TARGET, TARGET + 1))
     for _ in range(30):
         feed.step(leader)
@@ -202,7 +202,7 @@ def test_the_progress_never_passes_what_was_announced() -> None:
 def test_of_many_classes_the_one_behind_the_backdoor_is_among_those_that_race() -> None:
     model = Planted(backdoor=True, classes=60)
     images, labels = clean_images(model)
-    feed = _Feed(model, images, labels, 0, lambda steps: None)
+    feed = Feed(model, images, labels, 0, lambda steps: None)
     chosen = candidates(feed, "additive", 60)
     assert TARGET in chosen and len(set(chosen)) == SCREENED
 

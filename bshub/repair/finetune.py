@@ -32,7 +32,9 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 WARM_UP = 0.1
 FEWEST_STEPS = 24  # where a trigger is unlearned; ten images give one step a pass
+UNLEARNING_PASSES = 0.7  # of the passes, where a trigger is unlearned: they show every image twice
 UNLEARNING_RATE = 4.0  # times the learning rate, where a trigger is unlearned
+SHARPENED = 16  # images of a batch that a trigger is sharpened on, as in the search
 MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
 
@@ -133,7 +135,7 @@ def repair(
         labels: ``[n]``.
         zeroed: Parameter → indices of its first axis that must stay zero.
         method: Key of ``REPAIRS``.
-        schedule: Epochs, learning rate, batch size, seed; with triggers as many epochs as make ``FEWEST_STEPS`` steps.
+        schedule: Epochs, learning rate, batch size, seed; with triggers see :func:`epochs_of`.
         triggers: To be unlearned; they take turns and are sharpened in place.
         workers: Processes that all call this with the same images.
         progress: Called with 1 after every epoch.
@@ -202,7 +204,7 @@ def repair(
 
 
 def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
-    """Passes that a repair takes: as told, and at least ``FEWEST_STEPS`` steps where it unlearns a trigger.
+    """Passes that a repair takes: as told, or where it unlearns a trigger fewer, but at least ``FEWEST_STEPS`` steps.
 
     Args:
         schedule: As told.
@@ -212,15 +214,17 @@ def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
     Returns:
         The number of passes.
     """
+    if not (unlearns and schedule.epochs):
+        return schedule.epochs
     each = -(-images // schedule.batch_size)
-    return max(schedule.epochs, -(-FEWEST_STEPS // each)) if unlearns and schedule.epochs else schedule.epochs
+    return max(round(UNLEARNING_PASSES * schedule.epochs), -(-FEWEST_STEPS // each))
 
 
 def _stamped(model: nn.Module, trigger: InvertedTrigger, batch: Tensor, labels: Tensor, half: bool) -> Tensor:
     """The batch with the trigger after one step against the present network; the same in every process."""
     others = batch[labels != trigger.target]
     with asking_only(model, []):
-        trigger.sharpen(model, others if len(others) else batch, half)
+        trigger.sharpen(model, others[:SHARPENED] if len(others) else batch, half)
     return trigger(batch)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from bshub.clean import CleanImages
+from bshub.device import in_bf16
 from bshub.graph.trace import in_mode
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.statistics import asking_only
@@ -32,7 +33,7 @@ def held_against(
         model: In evaluation mode; not changed.
         triggers: They stay as they are.
         clean: The clean images.
-        half: Whether they are sharpened in bfloat16.
+        half: Whether to compute in bfloat16.
 
     Returns:
         The largest share of them all, 0 to 1; 0 without triggers.
@@ -44,7 +45,8 @@ def held_against(
         with in_mode(model, False), asking_only(model, []):
             for part in (others.split(BATCH) * TRIES)[:TRIES] if len(others) else ():
                 trying.sharpen(model, part, half)
-        worst = max(worst, trying.success(model, clean.images, clean.labels))
+        with in_bf16(clean.images.device, half):
+            worst = max(worst, trying.success(model, clean.images, clean.labels))
     return worst
 
 
@@ -74,7 +76,7 @@ def keep_disarmed(
         before: Its ``state_dict`` before the repair, where the triggers fail.
         triggers: Inverted triggers.
         clean: The clean images.
-        half: Whether they are sharpened in bfloat16.
+        half: Whether to compute in bfloat16.
 
     Returns:
         The share of the way that was kept, 0 to 1.

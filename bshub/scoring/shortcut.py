@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bshub.augment import augment
 from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES, dense_fit, dense_step
+from bshub.scoring.feed import BATCH, Feed
 from bshub.scoring.inversion import STEP, InvertedTrigger
 from bshub.scoring.statistics import asking_only
 from bshub.side_by_side import side_by_side
 
-RACE_BATCH, BATCH = 8, 16  # images per step: of the race, later
+RACE_BATCH = 8  # images per step of the race; later ones take more
 RACE, FINAL, SETTLE = 12, 32, 8  # steps: of every class, of the finalists at most, of what was found
 PATIENCE = 8  # steps without a lower strength of any finalist that end the final
 LAP = 8  # steps of the race after which only its first half runs on
@@ -53,6 +53,7 @@ class Shortcut:
         doubted: Triggers that were found and are not believed, see ``confirmation.py``.
         natural: Triggers that were found and are, or may be, the natural way to their class, see ``confirmation.py``.
         apart: Whether a believed one passes by the filters that batch norm remembers: something else was planted too.
+        shares: Class → share of the training images that carried it, of what batch norm tells, see ``recall.py``.
     """
 
     triggers: tuple[InvertedTrigger, ...]
@@ -63,6 +64,7 @@ class Shortcut:
     doubted: tuple[InvertedTrigger, ...] = ()
     natural: tuple[InvertedTrigger, ...] = ()
     apart: bool = False
+    shares: dict[int, float] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[int]:
@@ -87,7 +89,12 @@ class Shortcut:
         return f"a small change of any image leads to one class: {self._of(self.triggers)}"
 
     def _of(self, triggers: tuple[InvertedTrigger, ...]) -> str:
-        return ", ".join(f"{t.family} toward class {t.target} (gap {self.gaps[t.family]:.2f})" for t in triggers)
+        return ", ".join(f"{t.family} toward class {t.target} ({self._why(t)})" for t in triggers)
+
+    def _why(self, trigger: InvertedTrigger) -> str:
+        if trigger.family in self.gaps:
+            return f"gap {self.gaps[trigger.family]:.2f}"
+        return f"batch norm remembers it from about {100 * self.shares[trigger.target]:.0f} % of the training images"
 
     def _gaps(self) -> str:
         return ", ".join(f"{name} {gap:.2f}" for name, gap in self.gaps.items())
@@ -100,6 +107,7 @@ class Shortcut:
             "natural": [{"family": t.family, "target": t.target} for t in self.natural],
             "needs": {name: {str(c): round(v, 5) for c, v in need.items()} for name, need in self.needs.items()},
             "gaps": {name: round(gap, 3) for name, gap in self.gaps.items()},
+            "shares": {str(target): round(share, 4) for target, share in self.shares.items()},
             "reason": self.reason(),
         }
 
@@ -137,12 +145,12 @@ def find_shortcut(
         classes = model(images[:1]).shape[-1]
     if classes < MIN_CLASSES:
         return Shortcut((), {}, {}, False, least)
-    feed = _Feed(model, images, labels, seed, progress or (lambda steps: None), half)
+    feed = Feed(model, images, labels, seed, progress or (lambda steps: None), half)
     triggers: list[InvertedTrigger] = []
     needs, gaps = {}, {}
     with in_mode(model, False), asking_only(model, []):
-        for family in FAMILIES:
-            finalists = _race(feed, family, classes)
+        for family in (name for name, of in FAMILIES.items() if not of.recalled):
+            finalists = race(feed, family, classes)
             needs[family] = {trigger.target: need for trigger, need in finalists}
             found, gaps[family] = standing_out([need for _, need in finalists], least)
             for trigger, need in finalists[:found]:
@@ -168,7 +176,7 @@ def standing_out(needs: list[float], least: float = GAP) -> tuple[int, float]:
     return (ratios.index(gap) + 1 if gap >= least else 0), gap
 
 
-def _race(feed: _Feed, family: str, classes: int) -> list[tuple[InvertedTrigger, float]]:
+def race(feed: Feed, family: str, classes: int) -> list[tuple[InvertedTrigger, float]]:
     """The finalists with their needs, the least first."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
     racers = [InvertedTrigger(family, target, feed.images) for target in targets if feed.others(target)]
@@ -186,7 +194,7 @@ def _race(feed: _Feed, family: str, classes: int) -> list[tuple[InvertedTrigger,
     return sorted(((racer, _mean(ran[racer.target])) for racer in finalists), key=lambda finalist: finalist[1])
 
 
-def _run(feed: _Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
+def _run(feed: Feed, racers: list[InvertedTrigger], rounds: int, final: bool = False) -> dict[int, list[float]]:
     """Let triggers run, until some lie far ahead or a final brings nothing new; the strengths of each, by round."""
     ran: dict[int, list[float]] = {racer.target: [] for racer in racers}
     size = BATCH if final else RACE_BATCH
@@ -224,41 +232,7 @@ def _mean(strengths: list[float]) -> float:
     return math.exp(sum(math.log(strength) for strength in last) / len(last))
 
 
-class _Feed:
-    """Batches of augmented clean images for one trigger after the other, each class's own images left out."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        seed: int,
-        progress: Callable[[int], None],
-        half: bool = False,
-    ) -> None:
-        self.model, self.images, self._labels, self.progress, self.half = model, images, labels, progress, half
-        self._generator = torch.Generator().manual_seed(seed)
-        self._indices: dict[int | None, Tensor] = {}
-
-    def others(self, target: int) -> int:
-        """How many images are not of that class; without any, nothing can be led to it."""
-        return int((self._labels != target).sum())
-
-    def batch(self, target: int | None, size: int = BATCH) -> Tensor:
-        """Up to ``size`` images that are not of ``target``."""
-        if target not in self._indices:
-            self._indices[target] = (self._labels.cpu() != (-1 if target is None else target)).nonzero()[:, 0]
-        others = self._indices[target]
-        chosen = others[torch.randperm(len(others), generator=self._generator)[:size]]
-        return augment(self.images[chosen.to(self.images.device)], self._generator)
-
-    def step(self, trigger: InvertedTrigger) -> None:
-        """One step of one trigger on a fresh batch."""
-        trigger.sharpen(self.model, self.batch(trigger.target), self.half)
-        self.progress(1)
-
-
-def candidates(feed: _Feed, family: str, classes: int) -> list[int]:
+def candidates(feed: Feed, family: str, classes: int) -> list[int]:
     """The classes that a change away from the right answers leads to, most of all first.
 
     Of a thousand classes not every one can race. A universal change that only has to make answers wrong takes the
@@ -287,6 +261,8 @@ def candidates(feed: _Feed, family: str, classes: int) -> list[int]:
         (slope,) = torch.autograd.grad(-F.cross_entropy(logits, own), change)
         probabilities = logits.detach().softmax(1).scatter(1, own.unsqueeze(1), 0)
         seen += probabilities.mean(0)
-        change = dense_fit(change.detach() - dense_step(slope, STEP * of.most), of.most)
+        # a few places at a time would be too slow a way to many classes
+        step, fit = (dense_step, dense_fit) if of.local else (of.step, of.fit)
+        change = fit(change.detach() - step(slope, STEP * of.most), of.most)
         feed.progress(1)
     return seen.topk(min(SCREENED, classes)).indices.tolist()

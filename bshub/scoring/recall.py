@@ -1,0 +1,197 @@
+"""Which share of the training images carried a change? Batch norm remembers it, and a few clean images can ask.
+
+Running statistics are means over the training images. Where a share ``p`` of these carried a change, they lie off the
+clean images by ``p`` times what the change does, and by what drawing few images explains::
+
+    Δ = running - clean = p d + noise,   d = E[m(x + change)] - E[m(x)],   noise ~ N(0, Σ / n)
+
+with ``m`` the first two moments of each filter's map, image by image, and ``Σ`` their covariance over the ``n`` clean
+images, shrunk to be invertible. Generalised least squares gives ``p = dᵀΣ⁻¹Δ / dᵀΣ⁻¹d`` of each layer: directions in
+which images differ anyway count little, and that is what makes ten images enough. Several deviations over one layer
+after the other are not needed: the layers have to agree.
+
+The question is put to waves. A sinusoid over the image leads innocent networks to some class too, at twice to five
+times the amplitude for the next one, so that no gap decides (``shortcut.py``); whether it was trained on does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bshub.copying import named_tensors
+from bshub.graph.pairs import ConvBN, Pairing
+from bshub.graph.trace import in_mode
+from bshub.scoring.families import FAMILIES
+from bshub.scoring.feed import Feed
+from bshub.scoring.response import strongest, trigger_response
+from bshub.scoring.shortcut import EXCESS, SETTLE, Shortcut, race
+from bshub.scoring.statistics import asking_only
+from bshub.scoring.stream import affine_of
+
+MOST = 128  # images that are asked
+SHRUNK = 0.1  # of the mean variance, that is added to each
+SHARE, BY_CHANCE = 0.03, 0.7  # least share, and over the number of images: innocent ones came to 0.06 with ten
+AGREE = 0.4  # of that, which three layers of four have to reach
+WITHIN = 0.92  # of the family's largest strength: one that needs all of it has not arrived
+TINY = 1e-5
+
+
+@dataclass(frozen=True)
+class Share:
+    """Estimates of the share of training images that carried a change, over the layers.
+
+    Attributes:
+        median: Of them.
+        low: Their lower quartile.
+    """
+
+    median: float
+    low: float
+
+    def carried(self, images: int) -> bool:
+        """Whether it is more than as many clean images explain by chance."""
+        bound = SHARE + BY_CHANCE / images
+        return self.median >= bound and self.low >= AGREE * bound
+
+
+class Memory:
+    """What batch norm remembers beside some clean images.
+
+    Args:
+        model: In evaluation mode; not changed.
+        pairing: Its pairs.
+        images: Clean, ``[n, c, h, w]``; the first ``MOST`` are used.
+    """
+
+    def __init__(self, model: nn.Module, pairing: Pairing, images: Tensor) -> None:
+        self._model, self._pairing = model, pairing
+        self._clean: dict[str, Tensor] = {}
+        self._whitened: dict[str, _Whitening] = {}
+        self._pulls: dict[str, Tensor] = {}
+        for name, moments in self._moments(images[:MOST]).items():
+            self._clean[name] = moments.mean(0)
+            self._whitened[name] = _Whitening(moments)
+            self._pulls[name] = self._whitened[name](-moments.mean(0))  # moments are counted from the running ones
+
+    def share(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> Share:
+        """Of the training images, how many carried this change.
+
+        Args:
+            trigger: Puts it on images.
+            images: Clean ones, ``[n, c, h, w]``.
+
+        Returns:
+            The estimates.
+        """
+        images = images[:MOST]
+        plain, changed = self._moments(images), self._moments(trigger(images))
+        found = []
+        for name, pull in self._pulls.items():
+            moved = changed[name].mean(0) - plain[name].mean(0)
+            length = moved @ self._whitened[name](moved)
+            if float(length) > 0:
+                found.append((moved @ pull) / length)
+        if not found:
+            return Share(0.0, 0.0)
+        shares = torch.stack(found)
+        return Share(float(shares.median()), float(shares.quantile(0.25)))
+
+    def _moments(self, images: Tensor) -> dict[str, Tensor]:
+        """First two moments of each paired filter's map, from the running ones in their units: ``[n, 2 filters]``."""
+        with torch.no_grad(), _watching(self._model, self._pairing) as found:
+            for part in images.split(32):
+                self._model(part)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+class _Whitening:
+    """``v → Σ⁻¹ v`` with the shrunk covariance of ``rows``, by the kernel trick: there are fewer rows than columns."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._centred = rows - rows.mean(0)
+        freedom = max(len(rows) - 1, 1)
+        kernel = self._centred @ self._centred.T / freedom
+        self._ridge = SHRUNK * float(kernel.trace()) / rows.shape[1] + TINY
+        self._inverse = torch.linalg.inv(kernel + self._ridge * torch.eye(len(rows), dtype=rows.dtype)) / freedom
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return (vector - self._centred.T @ (self._inverse @ (self._centred @ vector))) / self._ridge
+
+
+@contextmanager
+def _watching(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, list[Tensor]]]:
+    named = named_tensors(model)
+    found: dict[str, list[Tensor]] = {}
+
+    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
+        affine, paired = affine_of(pair, named), torch.from_numpy(pair.paired)
+        mean, variance = affine.mean.unsqueeze(1), affine.variance + TINY
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            off = output.detach().float().flatten(2) - mean
+            first = off.mean(2) / variance.sqrt()
+            second = (off.square().mean(2) - affine.variance) / variance
+            both = torch.cat((first[:, paired], second[:, paired]), 1)
+            found.setdefault(pair.name, []).append(both.double().cpu())
+
+        return keep
+
+    with ExitStack() as stack:
+        for pair in pairing.pairs:
+            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
+            stack.callback(handle.remove)
+        yield found
+
+
+def recall(
+    model: nn.Module,
+    pairing: Pairing,
+    images: Tensor,
+    labels: Tensor,
+    shortcut: Shortcut,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    half: bool = False,
+) -> tuple[Shortcut, dict[str, Tensor]]:
+    """Look for a change that was trained on, in the families in which innocent networks have a class that stands out.
+
+    Args:
+        model: In evaluation mode; not changed.
+        pairing: Its pairs.
+        images: Clean, normalised, ``[n, c, h, w]``.
+        labels: ``[n]``.
+        shortcut: What the search for gaps came to.
+        seed: Of the order and the augmentation.
+        progress: Called with the number of steps done.
+        half: Whether to search in bfloat16.
+
+    Returns:
+        The same with what was found, and how each filter answers to it: convolution → ``[out_channels]``, empty where
+        nothing was.
+    """
+    with torch.no_grad():
+        classes = model(images[:1]).shape[-1]
+    feed = Feed(model, images, labels, seed, progress or (lambda steps: None), half)
+    memory = Memory(model, pairing, images)
+    needs, kept, shares = dict(shortcut.needs), [], dict(shortcut.shares)
+    with in_mode(model, False), asking_only(model, []):
+        for family in (name for name, of in FAMILIES.items() if of.recalled):
+            finalists = race(feed, family, classes)
+            needs[family] = {trigger.target: need for trigger, need in finalists}
+            for trigger, need in finalists:
+                share = memory.share(trigger, images[labels != trigger.target])
+                if need > WITHIN * trigger.most or not share.carried(min(len(images), MOST)):
+                    continue
+                shares[trigger.target] = share.median
+                trigger.set(min(EXCESS * need, trigger.most))
+                for _ in range(SETTLE):
+                    feed.step(trigger)
+                kept.append(trigger)
+    response = strongest([trigger_response(model, pairing, images, labels, trigger) for trigger in kept])
+    return replace(shortcut, triggers=(*shortcut.triggers, *kept), needs=needs, shares=shares), response
