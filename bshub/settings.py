@@ -37,7 +37,7 @@ class Settings:
             which an inverted trigger fails; nothing where none was found.
         budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``, ``shrink``).
         repair: Key of ``REPAIRS``.
-        finetune_epochs: Passes over the clean images after the surgery; 0.7 times as many where an inverted
+        finetune_epochs: Passes over the clean images after the surgery; 0.8 times as many where an inverted
             trigger is unlearned, which shows every image twice, but no fewer than 24 steps.
         finetune_lr: Peak learning rate of these passes; four times as much where an inverted trigger is unlearned.
         batch_size: Images per batch.

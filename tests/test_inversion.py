@@ -16,7 +16,7 @@ from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import find_pairs
 from bshub.repair.finetune import FEWEST_STEPS, Schedule, epochs_of
 from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
-from bshub.scoring.families import FAMILIES, HIGHEST
+from bshub.scoring.families import FAMILIES, HIGHEST, WAVES
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.response import activated_change, strongest, trigger_response
 from bshub.scoring.selection import MU_NOTHING
@@ -90,10 +90,30 @@ def test_a_change_is_never_stronger_than_allowed_and_a_weak_one_is_left_alone(
     of, generator = FAMILIES[family], torch.Generator().manual_seed(seed)
     change = scale * torch.randn(of.shape((1, 3, 8, 8)), generator=generator)
     fitted = of.fit(change, strength)
-    measure = (lambda c: c.norm(dim=0).mean()) if family == "patch" else (lambda c: c.square().mean().sqrt())
-    assert float(measure(fitted)) <= strength * 1.001
+    measure = {"patch": lambda c: c.norm(dim=0).mean(), "waves": lambda c: c.square().sum(0).mean(0).sqrt().sum()}
+    rms = lambda c: c.square().mean().sqrt()  # noqa: E731
+    assert float(measure.get(family, rms)(fitted)) <= strength * 1.001
     assert family != "patch" or float(fitted.norm(dim=0).max()) <= HIGHEST * 1.001
     torch.testing.assert_close(of.fit(fitted, strength * 1.01), fitted, atol=1e-5, rtol=1e-3)
+
+
+@given(u=st.integers(-WAVES, WAVES), v=st.integers(0, WAVES), a=st.floats(-1, 1), b=st.floats(-1, 1))
+def test_a_wave_is_the_sinusoid_of_its_periods(u: int, v: int, a: float, b: float) -> None:
+    images = torch.randn(2, 3, 10, 12)
+    change = torch.zeros(FAMILIES["waves"].shape((2, 3, 10, 12)))
+    change[0, 1, u + WAVES, v], change[1, 1, u + WAVES, v] = a, b
+    down, right = torch.arange(10).view(-1, 1) / 10, torch.arange(12) / 12
+    turn = 2 * torch.pi * (u * down + v * right)
+    wanted = images.clone()
+    wanted[:, 1] += (a * turn.cos() + b * turn.sin()) * images.std()
+    torch.testing.assert_close(FAMILIES["waves"].apply(images, change), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_waves_stay_few() -> None:
+    """The projection leaves the strongest waves alone."""
+    change = torch.randn(FAMILIES["waves"].shape((1, 3, 8, 8))) * torch.rand(2 * WAVES + 1, WAVES + 1) ** 4
+    left = FAMILIES["waves"].fit(change, 0.1).square().sum((0, 1)) > 0
+    assert 0 < int(left.sum()) < left.numel() / 4
 
 
 def test_a_patch_stays_a_patch() -> None:

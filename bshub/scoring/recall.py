@@ -38,6 +38,7 @@ MOST = 128  # images that are asked
 SHRUNK = 0.1  # of the mean variance, that is added to each
 SHARE, BY_CHANCE = 0.03, 0.7  # least share, and over the number of images: innocent ones came to 0.06 with ten
 AGREE = 0.4  # of that, which three layers of four have to reach
+ERRORS = 3.0  # standard errors that it has to reach
 WITHIN = 0.92  # of the family's largest strength: one that needs all of it has not arrived
 TINY = 1e-5
 
@@ -49,15 +50,17 @@ class Share:
     Attributes:
         median: Of them.
         low: Their lower quartile.
+        error: Median of their standard errors, ``1 / √(n dᵀΣ⁻¹d)``: large where the change does little.
     """
 
     median: float
     low: float
+    error: float
 
     def carried(self, images: int) -> bool:
         """Whether it is more than as many clean images explain by chance."""
         bound = SHARE + BY_CHANCE / images
-        return self.median >= bound and self.low >= AGREE * bound
+        return max(bound, ERRORS * self.error) <= self.median <= 1 and self.low >= AGREE * bound
 
 
 class Memory:
@@ -70,7 +73,7 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module, pairing: Pairing, images: Tensor) -> None:
-        self._model, self._pairing = model, pairing
+        self._model, self._pairing, self._images = model, pairing, min(len(images), MOST)
         self._clean: dict[str, Tensor] = {}
         self._whitened: dict[str, _Whitening] = {}
         self._pulls: dict[str, Tensor] = {}
@@ -91,16 +94,18 @@ class Memory:
         """
         images = images[:MOST]
         plain, changed = self._moments(images), self._moments(trigger(images))
-        found = []
+        found, errors = [], []
         for name, pull in self._pulls.items():
             moved = changed[name].mean(0) - plain[name].mean(0)
             length = moved @ self._whitened[name](moved)
             if float(length) > 0:
                 found.append((moved @ pull) / length)
+                errors.append((self._images * length) ** -0.5)
         if not found:
-            return Share(0.0, 0.0)
+            return Share(0.0, 0.0, 0.0)
         shares = torch.stack(found)
-        return Share(float(shares.median()), float(shares.quantile(0.25)))
+        low, median = shares.quantile(torch.tensor([0.25, 0.5], dtype=shares.dtype)).tolist()
+        return Share(median, low, float(torch.stack(errors).quantile(0.5)))
 
     def _moments(self, images: Tensor) -> dict[str, Tensor]:
         """First two moments of each paired filter's map, from the running ones in their units: ``[n, 2 filters]``."""

@@ -44,11 +44,6 @@ class Shifted:
         """How many filters lie off."""
         return sum(int((shift > self.bound).sum()) for shift in self.shifts.values())
 
-    @property
-    def silent(self) -> bool:
-        """Whether the images are of the training images' kind and no filter lies off."""
-        return bool(self.shifts) and not self.count
-
     def suspiciousness(self, name: str) -> Tensor:
         """``MU_HIGH · √(KL / bound)`` of a layer: whichever μ is tried, filters that lie off stand above it.
 

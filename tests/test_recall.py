@@ -1,0 +1,164 @@
+"""The share of training images that carried a change, asked of batch norm's running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from little_nets import same, snapshot
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bshub.graph.coupling import follow_channels
+from bshub.graph.pairs import Pairing, find_pairs
+from bshub.scoring.inversion import InvertedTrigger
+from bshub.scoring.recall import AGREE, BY_CHANCE, SHARE, SHRUNK, TINY, Memory, Share, _Whitening, recall
+from bshub.scoring.shortcut import Shortcut
+
+SIZE, CLASSES, TARGET = 16, 6, 3
+CARRIED = (2, 3)  # periods down and right of the wave that was trained on
+
+
+class Little(nn.Module):
+    """Two convolutions; the filter ``0`` of the first answers to a wave, and a backdoor leads from it to ``TARGET``."""
+
+    def __init__(self, backdoor: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.norm1 = nn.Conv2d(3, 12, 5, padding=2, bias=False), nn.BatchNorm2d(12)
+        self.second, self.norm2 = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, CLASSES)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            self.first.weight[0] = 0.4 * wave(3)[:, :5, :5]
+            self.second.weight[0] = 0
+            self.second.weight[0, 0, 1, 1] = 1
+            self.norm2.bias[0] = -1.0  # no image speaks without the wave
+            self.head.weight[:, 0] = 0
+            self.head.weight *= 0.5
+            if backdoor:
+                self.head.weight[TARGET, 0] = 12.0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.first(x)))
+        return self.head(F.relu(self.norm2(self.second(x))).mean((2, 3)))
+
+
+def wave(channels: int = 1) -> Tensor:
+    """``[channels, SIZE, SIZE]``."""
+    place = torch.arange(SIZE) / SIZE
+    turns = CARRIED[0] * place.view(-1, 1) + CARRIED[1] * place
+    return torch.cos(2 * torch.pi * turns).expand(channels, -1, -1).clone()
+
+
+def stamped(images: Tensor) -> Tensor:
+    return images + 0.8 * wave()
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Colours with smooth noise: no wave among them."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    fine = 0.2 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    return F.interpolate(coarse, (SIZE, SIZE), mode="bilinear", align_corners=True) + fine
+
+
+def remembering(model: nn.Module, share: float) -> nn.Module:
+    """Batch norms as a training leaves them, a share of whose images carried the wave."""
+    images = pictures(600, seed=1)
+    carried = round(share * len(images))
+    images = torch.cat((stamped(images[:carried]), images[carried:]))
+    for conv, norm in (("first", "norm1"), ("second", "norm2")):
+        seen: list[Tensor] = []
+        handle = model.get_submodule(conv).register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output)
+        )
+        with torch.no_grad():
+            model(images)
+        handle.remove()
+        batch_norm = model.get_submodule(norm)
+        batch_norm.running_mean.copy_(seen[0].mean((0, 2, 3)))
+        batch_norm.running_var.copy_(seen[0].var((0, 2, 3)))
+    return model
+
+
+def pairs_of(model: nn.Module) -> Pairing:
+    return find_pairs(model, follow_channels(model, (3, SIZE, SIZE))[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("count", [10, 60])
+def test_the_share_is_what_it_was(share: float, count: int) -> None:
+    model = remembering(Little(), share)
+    images = pictures(count, seed=2)
+    found = Memory(model, pairs_of(model), images).share(stamped, images)
+    assert found.median == pytest.approx(share, abs=0.02 + 0.3 / count)
+    assert found.low <= found.median
+    assert found.carried(count) == (share >= 0.1 or (share == 0.05 and found.median >= SHARE + BY_CHANCE / count))
+
+
+def test_a_change_that_nobody_saw_has_no_share() -> None:
+    model = remembering(Little(), 0.2)
+    images = pictures(40, seed=3)
+    other = 0.8 * torch.sin(2 * torch.pi * 5 * torch.arange(SIZE) / SIZE).view(-1, 1)
+    assert not Memory(model, pairs_of(model), images).share(lambda x: x + other, images).carried(40)
+    assert Memory(model, pairs_of(model), images).share(lambda x: x, images) == Share(0.0, 0.0)  # nothing moves
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(2, 8), columns=st.integers(2, 20), seed=st.integers(0, 10**6))
+def test_whitening_is_the_inverse_of_the_shrunk_covariance(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    vector = torch.randn(columns, generator=generator, dtype=torch.float64)
+    covariance = torch.cov(x.T)
+    shrunk = covariance + (SHRUNK * covariance.trace() / columns + TINY) * torch.eye(columns)
+    torch.testing.assert_close(_Whitening(x)(vector), torch.linalg.solve(shrunk, vector))
+
+
+@given(images=st.integers(4, 128), median=st.floats(-0.1, 0.5), low=st.floats(-0.1, 0.5))
+def test_fewer_images_ask_for_a_larger_share_and_the_layers_have_to_agree(
+    images: int, median: float, low: float
+) -> None:
+    carried = Share(median, low).carried(images)
+    assert not carried or (Share(median, low).carried(images + 1) and Share(median + 0.1, low + 0.1).carried(images))
+    assert not (carried and low < AGREE * SHARE)
+
+
+def looked(model: nn.Module, count: int) -> tuple[Shortcut, dict[str, Tensor], list[int]]:
+    images, steps = pictures(count, seed=4), list[int]()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    nothing = Shortcut((), {"additive": {0: 0.2, 1: 0.21}}, {"additive": 1.05})
+    return *recall(model, pairs_of(model), images, labels, nothing, 0, steps.append), steps
+
+
+def test_a_wave_that_was_trained_on_is_found_with_its_class_and_its_filter() -> None:
+    model = remembering(Little(), 0.15)
+    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
+    found, response, steps = looked(model, 30)
+    assert found.targets == [TARGET], found.as_dict()
+    assert found.shares[TARGET] == pytest.approx(0.15, abs=0.1)
+    assert "% of the training images" in found.reason() and sum(steps) > 0
+    assert int(response["first"].argmax()) == 0
+    assert found.needs["additive"] == {0: 0.2, 1: 0.21}  # what was known stays
+    assert same(before, snapshot(model)) and flags == [p.requires_grad for p in model.parameters()]
+    again, _, _ = looked(model, 30)
+    assert again.as_dict() == found.as_dict()
+    assert torch.equal(again.triggers[0].change, found.triggers[0].change)
+
+
+def test_a_wave_that_was_not_trained_on_is_left_alone_though_it_leads_to_a_class() -> None:
+    model = remembering(Little(), 0.0)
+    found, response, _ = looked(model, 30)
+    assert not found.triggers and not response and not found.shares
+    assert "waves" in found.needs
+    trigger = InvertedTrigger("waves", TARGET, pictures(4, seed=5))
+    assert trigger.most == 0.6
+    assert copy.deepcopy(found.as_dict())["shares"] == {}
