@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from little_nets import same, snapshot
 from torch import Tensor, nn
@@ -14,12 +13,13 @@ from torch.nn import functional as F
 
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
-from bshub.scoring.inversion import InvertedTrigger
-from bshub.scoring.recall import AGREE, BY_CHANCE, SHARE, SHRUNK, TINY, Memory, Share, _Whitening, recall
-from bshub.scoring.shortcut import Shortcut
+from bshub.pipeline import scan
+from bshub.scoring.recall import AGREE, SHARE, SHRUNK, TINY, Memory, Share, _Whitening, recall
+from bshub.scoring.shortcut import GAP, Shortcut
+from bshub.settings import Settings
 
 SIZE, CLASSES, TARGET = 16, 6, 3
-CARRIED = (2, 3)  # periods down and right of the wave that was trained on
+STRONG, CARRIED = 0.3, (2, 3)  # amplitude, periods down and right of the wave that was trained on
 
 
 class Little(nn.Module):
@@ -41,8 +41,9 @@ class Little(nn.Module):
             self.norm2.bias[0] = -1.0  # no image speaks without the wave
             self.head.weight[:, 0] = 0
             self.head.weight *= 0.5
+            self.head.bias.zero_()
             if backdoor:
-                self.head.weight[TARGET, 0] = 12.0
+                self.head.weight[TARGET, 0] = 2.0
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def wave(channels: int = 1) -> Tensor:
 
 
 def stamped(images: Tensor) -> Tensor:
-    return images + 0.8 * wave()
+    return images + STRONG * wave()
 
 
 def pictures(count: int, seed: int) -> Tensor:
@@ -98,9 +99,8 @@ def test_the_share_is_what_it_was(share: float, count: int) -> None:
     model = remembering(Little(), share)
     images = pictures(count, seed=2)
     found = Memory(model, pairs_of(model), images).share(stamped, images)
-    assert found.median == pytest.approx(share, abs=0.02 + 0.3 / count)
-    assert found.low <= found.median
-    assert found.carried(count) == (share >= 0.1 or (share == 0.05 and found.median >= SHARE + BY_CHANCE / count))
+    assert found.median == pytest.approx(share, abs=0.01 + 0.4 / count)
+    assert found.low <= found.median + 1e-12 and found.error > 0
 
 
 def test_a_change_that_nobody_saw_has_no_share() -> None:
@@ -108,10 +108,10 @@ def test_a_change_that_nobody_saw_has_no_share() -> None:
     images = pictures(40, seed=3)
     other = 0.8 * torch.sin(2 * torch.pi * 5 * torch.arange(SIZE) / SIZE).view(-1, 1)
     assert not Memory(model, pairs_of(model), images).share(lambda x: x + other, images).carried(40)
-    assert Memory(model, pairs_of(model), images).share(lambda x: x, images) == Share(0.0, 0.0)  # nothing moves
+    assert Memory(model, pairs_of(model), images).share(lambda x: x, images) == Share(0.0, 0.0, 0.0)  # nothing moves
 
 
-@settings(deadline=None, max_examples=25)
+@hypothesis_settings(deadline=None, max_examples=25)
 @given(rows=st.integers(2, 8), columns=st.integers(2, 20), seed=st.integers(0, 10**6))
 def test_whitening_is_the_inverse_of_the_shrunk_covariance(rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -126,9 +126,11 @@ def test_whitening_is_the_inverse_of_the_shrunk_covariance(rows: int, columns: i
 def test_fewer_images_ask_for_a_larger_share_and_the_layers_have_to_agree(
     images: int, median: float, low: float
 ) -> None:
-    carried = Share(median, low).carried(images)
-    assert not carried or (Share(median, low).carried(images + 1) and Share(median + 0.1, low + 0.1).carried(images))
+    carried = Share(median, low, 0.01).carried(images)
+    assert not carried or Share(median, low, 0.01).carried(images + 1)
     assert not (carried and low < AGREE * SHARE)
+    assert not (carried and Share(median, low, 0.2).carried(images))  # where chance explains it
+    assert not Share(median + 1.2, low + 1.2, 0.01).carried(images)  # a share of more than all
 
 
 def looked(model: nn.Module, count: int) -> tuple[Shortcut, dict[str, Tensor], list[int]]:
@@ -144,8 +146,8 @@ def test_a_wave_that_was_trained_on_is_found_with_its_class_and_its_filter() -> 
     before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
     found, response, steps = looked(model, 30)
     assert found.targets == [TARGET], found.as_dict()
-    assert found.shares[TARGET] == pytest.approx(0.15, abs=0.1)
-    assert "% of the training images" in found.reason() and sum(steps) > 0
+    assert 0.15 < found.shares[TARGET] <= 1  # a weaker wave than the one that was trained on stands for more images
+    assert "of the training images" in found.reason() and sum(steps) > 0
     assert int(response["first"].argmax()) == 0
     assert found.needs["additive"] == {0: 0.2, 1: 0.21}  # what was known stays
     assert same(before, snapshot(model)) and flags == [p.requires_grad for p in model.parameters()]
@@ -158,7 +160,16 @@ def test_a_wave_that_was_not_trained_on_is_left_alone_though_it_leads_to_a_class
     model = remembering(Little(), 0.0)
     found, response, _ = looked(model, 30)
     assert not found.triggers and not response and not found.shares
-    assert "waves" in found.needs
-    trigger = InvertedTrigger("waves", TARGET, pictures(4, seed=5))
-    assert trigger.most == 0.6
-    assert copy.deepcopy(found.as_dict())["shares"] == {}
+    needs = sorted(found.needs["waves"].items(), key=lambda item: item[1])
+    assert needs[0][0] == TARGET and needs[1][1] > GAP * needs[0][1]  # a gap would have called it a backdoor
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_scan_asks_once_no_class_stands_out_otherwise(share: float) -> None:
+    model, images = remembering(Little(), share), pictures(30, seed=4)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    found = scan(model, [(images, labels)], Settings(device="cpu", precision="fp32"))
+    assert found.shortcut is not None and "waves" in found.shortcut.needs
+    assert [(t.family, t.target) for t in found.shortcut.triggers] == ([("waves", TARGET)] if share else [])
+    assert found.score == ("tac" if share else "lipschitz")

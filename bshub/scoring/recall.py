@@ -83,7 +83,7 @@ class Memory:
             self._pulls[name] = self._whitened[name](-moments.mean(0))  # moments are counted from the running ones
 
     def share(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> Share:
-        """Of the training images, how many carried this change.
+        """Of the training images, how many carried this change, if it was as strong then; of a stronger one fewer.
 
         Args:
             trigger: Puts it on images.

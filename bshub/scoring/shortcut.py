@@ -53,7 +53,7 @@ class Shortcut:
         doubted: Triggers that were found and are not believed, see ``confirmation.py``.
         natural: Triggers that were found and are, or may be, the natural way to their class, see ``confirmation.py``.
         apart: Whether a believed one passes by the filters that batch norm remembers: something else was planted too.
-        shares: Class → share of the training images that carried it, of what batch norm tells, see ``recall.py``.
+        shares: Class → share of the training images that carried it, if it was no stronger, see ``recall.py``.
     """
 
     triggers: tuple[InvertedTrigger, ...]
@@ -94,7 +94,7 @@ class Shortcut:
     def _why(self, trigger: InvertedTrigger) -> str:
         if trigger.family in self.gaps:
             return f"gap {self.gaps[trigger.family]:.2f}"
-        return f"batch norm remembers it from about {100 * self.shares[trigger.target]:.0f} % of the training images"
+        return f"batch norm remembers it, as if {100 * self.shares[trigger.target]:.0f} % of the training images had it"
 
     def _gaps(self) -> str:
         return ", ".join(f"{name} {gap:.2f}" for name, gap in self.gaps.items())

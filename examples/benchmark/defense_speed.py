@@ -53,10 +53,11 @@ def _theirs(name: str, effort: float) -> float:
 
 
 def precision_rows() -> list[dict[str, Any]]:
-    """The repair in bf16 beside float32: its time, the plan, and how many clean images stay right.
+    """Search and repair in bf16 beside float32: their time, the plan, and how many clean images stay right.
 
-    By the score of the weights: what the default prunes of the demo may cost nothing, and then there is no repair.
+    The repair by the score of the weights: what the default prunes of the demo may cost nothing, and then there is none.
     """
+    looked = {kind: _ours(Settings(device="cpu", precision=kind))[1].report for kind in ("fp32", "bf16")}
     settings = {
         precision: Settings(device="cpu", score="lipschitz", precision=precision) for precision in ("fp32", "bf16")
     }
@@ -64,6 +65,9 @@ def precision_rows() -> list[dict[str, Any]]:
     full, half = found["fp32"].report, found["bf16"].report
     return [
         {
+            "search_fp32": looked["fp32"]["seconds"]["trigger inversion"],
+            "search_bf16": looked["bf16"]["seconds"]["trigger inversion"],
+            "same_found": looked["fp32"]["diagnosis"]["flagged"] == looked["bf16"]["diagnosis"]["flagged"],
             "repair_fp32": full["seconds"]["repair"],
             "repair_bf16": half["seconds"]["repair"],
             "ratio": half["seconds"]["repair"] / full["seconds"]["repair"],

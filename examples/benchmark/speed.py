@@ -28,7 +28,7 @@ import onnx_speed
 import torch
 from performance_page import page
 
-from bshub.device import processors
+from bshub.device import has_bf16, processors
 
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "statistics": look_speed.statistics_rows,
@@ -46,7 +46,13 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return {"processor": model or platform.machine(), "cores": processors(), "torch": torch.__version__}
+    vectors = torch.backends.cpu.get_cpu_capability() + (" with bf16" if has_bf16(torch.device("cpu")) else "")
+    return {
+        "processor": model or platform.machine(),
+        "vectors": vectors,
+        "cores": processors(),
+        "torch": torch.__version__,
+    }
 
 
 def _cpuinfo() -> list[str]:
