@@ -55,7 +55,7 @@ def _theirs(name: str, effort: float) -> float:
 def precision_rows() -> list[dict[str, Any]]:
     """Search and repair in bf16 beside float32: their time, the plan, and how many clean images stay right.
 
-    The repair by the score of the weights: what the default prunes of the demo may cost nothing, and then there is none.
+    The repair by the score of the weights: what the default prunes may cost nothing, and then there is none.
     """
     looked = {kind: _ours(Settings(device="cpu", precision=kind))[1].report for kind in ("fp32", "bf16")}
     settings = {

@@ -149,8 +149,8 @@ def _precision(rows: Rows) -> list[str]:
     text = (
         f"In bf16 the search on the demo takes {search:.2f} times as long ({r['search_bf16']:.1f} s for "
         f"{r['search_fp32']:.1f} s) and flags {same}; the repair (`--score lipschitz`) {r['ratio']:.2f} times "
-        f"({r['repair_bf16']:.1f} s for {r['repair_fp32']:.1f} s), after which {half} of the clean images are right, in "
-        f"float32 {full}. This processor {units}. `--precision auto`, the default, takes bf16 where the processor "
+        f"({r['repair_bf16']:.1f} s for {r['repair_fp32']:.1f} s), after which {half} of the clean images are right, "
+        f"in float32 {full}. This processor {units}. `--precision auto`, the default, takes bf16 where the processor "
         "multiplies it as such and the network has no depthwise convolution (there it took up to 1.65 times as long); "
         "`--precision fp32` never. On AVX2 alone bf16 took 21 times as long."
     )

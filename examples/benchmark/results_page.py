@@ -122,7 +122,8 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "method sees the trigger, and nothing was chosen on the test images that are counted: the defaults were "
         f"chosen on {_listed(CHOSEN_ON)} and the demo's model, with a thousand other test images; no other model had a "
         "say, but that the bounds of likeness were set after a look at the starters and at the models of sections 5 "
-        "and 9 too, and those of recall at clean images on blended-1. ×bare: seconds over those of one forward and backward over the same images."
+        "and 9 too, and those of recall at clean images on blended-1. ×bare: seconds over those of one forward and "
+        "backward over the same images."
     )
     age = (
         f"**The rows of `bshub` on {_listed(PRESENT)} are of the present default. All others are of an earlier one**: "
