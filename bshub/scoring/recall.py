@@ -7,8 +7,8 @@ clean images by ``p`` times what the change does, and by what drawing few images
 
 with ``m`` the first two moments of each filter's map, image by image, and ``Σ`` their covariance over the ``n`` clean
 images, shrunk to be invertible. Generalised least squares gives ``p = dᵀΣ⁻¹Δ / dᵀΣ⁻¹d`` of each layer: directions in
-which images differ anyway count little, and that is what makes ten images enough. Several deviations over one layer
-after the other are not needed: the layers have to agree.
+which images differ anyway count little, and that is what makes ten images enough. What fools one layer by chance does
+not fool all: three of four have to agree.
 
 The question is put to waves. A sinusoid over the image leads innocent networks to some class too, at twice to five
 times the amplitude for the next one, so that no gap decides (``shortcut.py``); whether it was trained on does.
@@ -17,7 +17,7 @@ times the amplitude for the next one, so that no gap decides (``shortcut.py``); 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from bshub.graph.pairs import ConvBN, Pairing
 from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES
 from bshub.scoring.feed import Feed
-from bshub.scoring.response import strongest, trigger_response
+from bshub.scoring.response import Hook, strongest, trigger_response, watching
 from bshub.scoring.shortcut import EXCESS, SETTLE, Shortcut, race
 from bshub.scoring.statistics import asking_only
 from bshub.scoring.stream import affine_of
@@ -109,7 +109,7 @@ class Memory:
 
     def _moments(self, images: Tensor) -> dict[str, Tensor]:
         """First two moments of each paired filter's map, from the running ones in their units: ``[n, 2 filters]``."""
-        with torch.no_grad(), _watching(self._model, self._pairing) as found:
+        with torch.no_grad(), _moments_of(self._model, self._pairing) as found:
             for part in images.split(32):
                 self._model(part)
         return {name: torch.cat(parts) for name, parts in found.items()}
@@ -130,11 +130,11 @@ class _Whitening:
 
 
 @contextmanager
-def _watching(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, list[Tensor]]]:
+def _moments_of(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, list[Tensor]]]:
     named = named_tensors(model)
     found: dict[str, list[Tensor]] = {}
 
-    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
+    def keeper(pair: ConvBN) -> Hook:
         affine, paired = affine_of(pair, named), torch.from_numpy(pair.paired)
         mean, variance = affine.mean.unsqueeze(1), affine.variance + TINY
 
@@ -147,10 +147,7 @@ def _watching(model: nn.Module, pairing: Pairing) -> Iterator[dict[str, list[Ten
 
         return keep
 
-    with ExitStack() as stack:
-        for pair in pairing.pairs:
-            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
-            stack.callback(handle.remove)
+    with watching(model, pairing, keeper):
         yield found
 
 
@@ -198,5 +195,6 @@ def recall(
                 for _ in range(SETTLE):
                     feed.step(trigger)
                 kept.append(trigger)
-    response = strongest([trigger_response(model, pairing, images, labels, trigger) for trigger in kept])
+    shown = images[:MOST], labels[:MOST]
+    response = strongest([trigger_response(model, pairing, *shown, trigger) for trigger in kept])
     return replace(shortcut, triggers=(*shortcut.triggers, *kept), needs=needs, shares=shares), response

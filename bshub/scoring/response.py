@@ -19,6 +19,8 @@ from bshub.graph.pairs import ConvBN, Pairing
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.stream import activation_of, affine_of
 
+Hook = Callable[[nn.Module, Any, Tensor], None]
+
 BATCH = 100  # images per run, fewer where they are large: all maps of a run are held
 PIXELS = 2**19  # per run
 
@@ -107,7 +109,7 @@ def _maps(
     named = named_tensors(model)
     maps: dict[str, Tensor] = {}
 
-    def keeper(pair: ConvBN) -> Callable[[nn.Module, Any, Tensor], None]:
+    def keeper(pair: ConvBN) -> Hook:
         affine, act = affine_of(pair, named), activation_of(pair)
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -116,8 +118,21 @@ def _maps(
 
         return keep
 
+    with watching(model, pairing, keeper):
+        yield maps
+
+
+@contextmanager
+def watching(model: nn.Module, pairing: Pairing, watcher: Callable[[ConvBN], Hook]) -> Iterator[None]:
+    """A forward hook on the convolution of every pair, for as long as the context lasts.
+
+    Args:
+        model: The network.
+        pairing: Its pairs.
+        watcher: Pair → hook.
+    """
     with ExitStack() as stack:
         for pair in pairing.pairs:
-            handle = model.get_submodule(pair.name).register_forward_hook(keeper(pair))
+            handle = model.get_submodule(pair.name).register_forward_hook(watcher(pair))
             stack.callback(handle.remove)
-        yield maps
+        yield

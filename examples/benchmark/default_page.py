@@ -21,6 +21,22 @@ BARS = {  # mean ASR, worst ASR, ACC lost, clean model
     1: ("≤ 8", "≤ 25", "≤ 4.0", "≤ 1.0"),
     0: ("≤ 30", DASH, "≤ 3.0", "≤ 1.0"),
 }
+TAUGHT = (
+    (
+        "What keeps the bars away: with ten images per class, attacks at 1 % poison that hardly take (sig-1, "
+        "blended-1). No search tells them from an innocent network, whose class 6 a wave reaches as easily as sig-1's "
+        "target, and batch norm recalls sig-1's wave from 1.3 % of the training images where chance comes to 1.2 % "
+        "(n=100). With one image per class sig-10 had been the worst until batch norm was asked for waves. Without "
+        "images nobody can ask it, and a gap that innocent networks stay under hides sig-10 and wanet-10."
+    ),
+    (
+        "Tried and not kept: waves by their gap alone (innocent networks have one of up to 5.5); a change that is "
+        "sought by what batch norm remembers, without any class (it led 73 % of the images to sig-10's target with a "
+        "hundred of them, and nowhere with ten); stripes; mixup, crops and fewer stamped images in the repair; 28 "
+        "steps of it for 32 (badnets-1: 1.8 points of ACC more lost); channels last and several classes in one pass, "
+        "for time."
+    ),
+)
 WORDS = {
     "bshub": "the default",
     "bshub:score=lipschitz": "no inverted trigger: filters scored by their weights, repair by distillation alone",
@@ -49,6 +65,8 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         "*none*: no image at all, 128 made-up ones stand in."
     )
     table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *false_alarms(found)]
+    for paragraph in TAUGHT:
+        table += ["", *textwrap.wrap(paragraph, 116)]
     table += ["", "### One part left out at a time", ""]
     count = wanted.per_class[0]
     mine = [g for g in found if g.rows and g.per_class == count]

@@ -198,8 +198,8 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
         flagged = notes["counts"]["flagged"]
         table.append(f"| {group.model} | {mu} | {drawn(group, 'accuracy')} | {drawn(group, 'asr')} | {flagged} |")
     text = (
-        "*auto* looks at the clean images only; the curve behind it is unknown to it. The curves are of an earlier "
-        "default, with a slower search; *auto* is the present one's."
+        "*auto* looks at the clean images only; the curve behind it is unknown to it. On badnets-10 the "
+        "curve is of a default with a slower search than *auto* is there."
     )
     return [*table, "", *textwrap.wrap(text, 116)]
 
