@@ -26,8 +26,10 @@ TAUGHT = (
         "What keeps the bars away: with ten images per class, attacks at 1 % poison that hardly take (sig-1, "
         "blended-1). No search tells them from an innocent network, whose class 6 a wave reaches as easily as sig-1's "
         "target, and batch norm recalls sig-1's wave from 1.3 % of the training images where chance comes to 1.2 % "
-        "(n=100). With one image per class sig-10 had been the worst until batch norm was asked for waves. Without "
-        "images nobody can ask it, and a gap that innocent networks stay under hides sig-10 and wanet-10."
+        "(n=100). With one image per class sig-10 had been the worst until batch norm was asked for waves: in 12 of "
+        "16 draws it names the wave, in none of 48 on innocent ones (clean, badnets-1, blended-1); in one of four "
+        "measured draws the repair then cost 22 points of ACC, which ten images do not show. Without images nobody "
+        "can ask it, and a gap that innocent networks stay under hides sig-10 and wanet-10."
     ),
     (
         "Tried and not kept: waves by their gap alone (innocent networks have one of up to 5.5); a change that is "
