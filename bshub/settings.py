@@ -118,9 +118,10 @@ class Settings:
 
     def resolved(self) -> Settings:
         """With what the method fixes: the paper scores by four statistics and fine-tunes on the labels, in float32."""
+        if self.method != "paper":
+            return self
         precision = "fp32" if self.precision == "auto" else self.precision
-        paper = replace(self, score="bss", repair="finetune", precision=precision)
-        return paper if self.method == "paper" else self
+        return replace(self, score="bss", repair="finetune", precision=precision)
 
     def as_dict(self) -> dict[str, Any]:
         """For reports."""

@@ -114,9 +114,7 @@ def sparse_step(slope: Tensor, size: float) -> Tensor:
     Returns:
         The step, ``[c, h, w]``, zero at all but ``PLACES`` of the places.
     """
-    steep = slope.norm(dim=0)
-    few = steep >= steep.flatten().topk(max(1, round(PLACES * steep.numel()))).values[-1]
-    kept = slope * few
+    kept = slope * _steepest(slope.norm(dim=0), PLACES)
     return kept * (2 * size / (kept.norm(dim=0).mean() + TINY))
 
 
@@ -144,9 +142,7 @@ def wave_step(slope: Tensor, size: float) -> Tensor:
     Returns:
         The step, of the same shape, zero at all but ``WAVELENGTHS`` of the waves.
     """
-    steep = _amplitudes(slope)
-    few = steep >= steep.flatten().topk(max(1, round(WAVELENGTHS * steep.numel()))).values[-1]
-    kept = slope * few
+    kept = slope * _steepest(_amplitudes(slope), WAVELENGTHS)
     return kept * (2 * size / (_amplitudes(kept).sum() + TINY))
 
 
@@ -167,6 +163,11 @@ def wave_fit(change: Tensor, strength: float) -> Tensor:
 def _amplitudes(change: Tensor) -> Tensor:
     """Of each wave, the root mean square over the colours: ``[u, v]``."""
     return change.square().sum(0).mean(0).sqrt()
+
+
+def _steepest(lengths: Tensor, share: float) -> Tensor:
+    """Which belong to the largest share of them, at least one."""
+    return lengths >= lengths.flatten().topk(max(1, round(share * lengths.numel()))).values[-1]
 
 
 def _shrunk(lengths: Tensor, mean: float) -> Tensor:

@@ -30,7 +30,7 @@ from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES
 from bshub.scoring.feed import Feed
 from bshub.scoring.response import Hook, strongest, trigger_response, watching
-from bshub.scoring.shortcut import EXCESS, SETTLE, Shortcut, race
+from bshub.scoring.shortcut import EXCESS, Shortcut, race, settle
 from bshub.scoring.statistics import asking_only
 from bshub.scoring.stream import affine_of
 
@@ -70,15 +70,16 @@ class Memory:
         model: In evaluation mode; not changed.
         pairing: Its pairs.
         images: Clean, ``[n, c, h, w]``; the first ``MOST`` are used.
+
+    Attributes:
+        count: How many were used.
     """
 
     def __init__(self, model: nn.Module, pairing: Pairing, images: Tensor) -> None:
-        self._model, self._pairing, self._images = model, pairing, min(len(images), MOST)
-        self._clean: dict[str, Tensor] = {}
+        self._model, self._pairing, self.count = model, pairing, min(len(images), MOST)
         self._whitened: dict[str, _Whitening] = {}
         self._pulls: dict[str, Tensor] = {}
         for name, moments in self._moments(images[:MOST]).items():
-            self._clean[name] = moments.mean(0)
             self._whitened[name] = _Whitening(moments)
             self._pulls[name] = self._whitened[name](-moments.mean(0))  # moments are counted from the running ones
 
@@ -100,7 +101,7 @@ class Memory:
             length = moved @ self._whitened[name](moved)
             if float(length) > 0:
                 found.append((moved @ pull) / length)
-                errors.append((self._images * length) ** -0.5)
+                errors.append((self.count * length) ** -0.5)
         if not found:
             return Share(0.0, 0.0, 0.0)
         shares = torch.stack(found)
@@ -187,14 +188,13 @@ def recall(
             finalists = race(feed, family, classes)
             needs[family] = {trigger.target: need for trigger, need in finalists}
             for trigger, need in finalists:
-                share = memory.share(trigger, images[labels != trigger.target])
-                if need > WITHIN * trigger.most or not share.carried(min(len(images), MOST)):
+                if need > WITHIN * trigger.most:
                     continue
-                shares[trigger.target] = share.median
-                trigger.set(min(EXCESS * need, trigger.most))
-                for _ in range(SETTLE):
-                    feed.step(trigger)
-                kept.append(trigger)
+                share = memory.share(trigger, images[labels != trigger.target])
+                if share.carried(memory.count):
+                    shares[trigger.target] = share.median
+                    settle(feed, trigger, min(EXCESS * need, trigger.most))
+                    kept.append(trigger)
     shown = images[:MOST], labels[:MOST]
     response = strongest([trigger_response(model, pairing, *shown, trigger) for trigger in kept])
     return replace(shortcut, triggers=(*shortcut.triggers, *kept), needs=needs, shares=shares), response

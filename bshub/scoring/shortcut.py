@@ -1,10 +1,10 @@
 """Is there a class that a small universal change leads to, as no other? Then that change stands in for a trigger.
 
 All classes race: each gets an inverted trigger whose strength falls while it works and grows while it does not. The
-ones that need least run on, as long as one of them comes lower. The race is run on half the images: it only orders
-the classes. A need is a mean over the last steps, since a strength swings
-around it: so the needs of innocent classes came to within a factor of 1.2. A class is found where the next one needs at
-least ``GAP`` times as much, ``GAP_MADE_UP`` times on made-up images.
+ones that need least run on, as long as one of them comes lower. The race is run on half the images: it only orders the
+classes. A need is a mean over the last steps, since a strength swings around it: so the needs of innocent classes came
+to within a factor of 1.2. A class is found where the next one needs at least ``GAP`` times as much, ``GAP_MADE_UP``
+times on made-up images.
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ def find_shortcut(
             needs[family] = {trigger.target: need for trigger, need in finalists}
             found, gaps[family] = standing_out([need for _, need in finalists], least)
             for trigger, need in finalists[:found]:
-                trigger.set(min(EXCESS * need, finalists[found][1], trigger.most))
-                for _ in range(SETTLE):
-                    feed.step(trigger)
+                settle(feed, trigger, min(EXCESS * need, finalists[found][1], trigger.most))
                 triggers.append(trigger)
     return Shortcut(tuple(triggers), needs, gaps, True, least)
 
@@ -174,6 +172,13 @@ def standing_out(needs: list[float], least: float = GAP) -> tuple[int, float]:
     ratios = [needs[i + 1] / needs[i] for i in range(max(1, len(needs) // 2))]
     gap = max(ratios)
     return (ratios.index(gap) + 1 if gap >= least else 0), gap
+
+
+def settle(feed: Feed, trigger: InvertedTrigger, strength: float) -> None:
+    """Let a trigger settle at the strength it will be used with."""
+    trigger.set(strength)
+    for _ in range(SETTLE):
+        feed.step(trigger)
 
 
 def race(feed: Feed, family: str, classes: int) -> list[tuple[InvertedTrigger, float]]:
