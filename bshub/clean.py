@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from bshub.parallel import Workers
 
 MIN_IMAGES = 4
 KEPT_IMAGES = 1024
+ENOUGH = 32  # to go on without the others
 
 
 class CleanImages:
@@ -159,6 +160,22 @@ class CleanImages:
             self._kept = [(images, labels)]
         images, labels = self._kept[0]
         return images[:KEPT_IMAGES], labels[:KEPT_IMAGES]
+
+    def leave_out(self, classes: Collection[int]) -> bool:
+        """Keep only the images of other classes, if ``ENOUGH`` are left then.
+
+        Args:
+            classes: Labels.
+
+        Returns:
+            Whether it was done.
+        """
+        images, labels = self.images, self.labels
+        others = ~torch.isin(labels, torch.tensor(list(classes), device=labels.device))
+        if int(others.sum()) < ENOUGH:
+            return False
+        self._kept = [(images[others], labels[others])]
+        return True
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """The kept images in batches."""

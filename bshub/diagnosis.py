@@ -27,7 +27,7 @@ from bshub.scoring.shrink import Shrink
 from bshub.scoring.statistics import PairStatistics, measure
 from bshub.scoring.suspiciousness import find_score
 from bshub.settings import Settings
-from bshub.yardstick import FOREIGN, Yardstick, affordable_mu, affordable_shrink, make_yardstick
+from bshub.yardstick import FOREIGN, MADE_UP, Yardstick, affordable_mu, affordable_shrink, make_yardstick
 
 WEIGHTS_ONLY_SCORE = "lipschitz"
 WEIGHTS_ONLY_MU = 3.0  # CLP's own value
@@ -181,6 +181,11 @@ def diagnose(
                 alike = shifted is not None and bool(shifted.shifts)  # else batch norm remembers other images anyway
                 if alike and shortcut.searched and not shortcut.triggers:
                     shortcut, response = recall(model, pairing, *shown, shortcut, settings.seed, advance, half)
+            # a made-up image that is answered with the target may show the backdoor at work
+            if clean.made_up and shortcut.triggers and clean.leave_out(shortcut.targets):
+                rate = clean_accuracy(model, clean.batches(settings.batch_size))
+                points = MADE_UP * settings.budget
+                yardstick = make_yardstick(model, flow, pairing, clean, rate, points, settings.batch_size)
             with in_bf16(clean.images.device, half):
                 explained = _explained(shortcut, shifted, yardstick, clean)
             name, statistics = _answered(name, shortcut, explained, response, statistics, warnings)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bshub.intake.preprocessing import Preprocessing
 
-COUNT = 128
+COUNT = 256  # half of them may be answered with the target of a backdoor, and say nothing then
+PART = 64  # images that are drawn at a time: what is drawn takes several times their memory
 LEAVES = 40  # per image; few enough that some of the first stay visible
 SMALLEST, LARGEST = 0.03, 0.53  # half the size of a leaf, of the image's side
 LUMINANCE, HUE = 0.06, 0.03  # deviation of the texture, the same in all channels and apart in each
@@ -105,6 +106,11 @@ def dead_leaves(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
         ``[count, channels, height, width]``, between 0 and 1.
     """
     generator = torch.Generator().manual_seed(seed)
+    parts = [min(PART, count - start) for start in range(0, count, PART)]
+    return torch.cat([_leaves(part, size, generator) for part in parts])
+
+
+def _leaves(count: int, size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     channels, height, width = size
 
     def uniform(low: float, high: float) -> Tensor:

@@ -23,6 +23,7 @@ from bshub.scoring.usefulness import spare_order, taken
 from bshub.surgery.remove import silence
 
 FOREIGN = 0.5  # clean accuracy below which the images probably are not the model's
+MADE_UP = 10.0  # points of agreement on made-up images for one of accuracy: 15 to 30 went where accuracy lost 2 to 3
 FAILS = 0.1  # success of an inverted trigger on the clean images, up to which it does not work any more
 
 

@@ -16,13 +16,14 @@ from test_inversion import SIZE, TARGET, Planted
 from torch import Tensor, nn
 
 from bshub import StandIns, sanitize
-from bshub.clean import CleanImages
+from bshub.clean import ENOUGH, CleanImages
 from bshub.intake.models import load_model
 from bshub.parallel import Workers
 from bshub.release.card_metadata import front_matter
 from bshub.scoring.selection import MU_NOTHING
+from bshub.scoring.shortcut import GAP, GAP_MADE_UP, find_shortcut
 from bshub.settings import Settings
-from bshub.stand_ins import dead_leaves
+from bshub.stand_ins import PART, dead_leaves
 
 
 @settings(deadline=None, max_examples=25)
@@ -58,6 +59,10 @@ def test_they_are_normalised_as_the_model_was_told_or_by_their_own_numbers() -> 
     own = StandIns((3, 16, 16), count=40, seed=3).normalised()
     torch.testing.assert_close(own.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(own.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_more_images_are_the_same_ones_and_further_ones() -> None:
+    assert torch.equal(dead_leaves(PART + 6, (3, 8, 8), 5)[:PART], dead_leaves(PART, (3, 8, 8), 5))
 
 
 def test_labels_are_the_models_answers_and_the_parts_of_processes_make_the_whole() -> None:
@@ -111,6 +116,44 @@ def test_a_backdoor_is_found_and_unlearned_without_a_single_image() -> None:
     assert (result.model(images).argmax(1) == labels).float().mean() > 0.9
 
 
+def test_images_of_some_classes_are_left_out_where_enough_others_are_left() -> None:
+    images = torch.randn(64, 3, 4, 4)
+    for others in (0, ENOUGH - 1, ENOUGH, 63):
+        labels = torch.arange(64) % 64 < others
+        clean = CleanImages([(images, labels.long())], torch.device("cpu"))
+        assert clean.leave_out([0]) == (others >= ENOUGH)
+        left = labels if others >= ENOUGH else torch.ones(64, dtype=torch.bool)
+        assert torch.equal(clean.images, images[left]) and torch.equal(clean.labels, labels.long()[left])
+
+
+def test_images_that_are_answered_with_the_target_have_no_say_in_pruning_and_repair() -> None:
+    """A network may take any picture that it never saw for one with the trigger."""
+    model, made = taught(backdoor=True), StandIns((3, SIZE, SIZE), count=64)
+    answers = torch.cat([labels for _, labels in made.answered_by(model)])
+    images = torch.cat([images for images, _ in made.answered_by(model)])
+    more = images[answers != TARGET].repeat(ENOUGH, 1, 1, 1)
+    made.answered_by = lambda *_: iter([(torch.cat((images, more)), model(torch.cat((images, more))).argmax(1))])
+    result = sanitize(model, made, Settings(finetune_epochs=1, device="cpu"))
+    kept = result.clean.labels
+    assert (answers == TARGET).any() and len(kept) == len(more) + int((answers != TARGET).sum())
+    assert (kept != TARGET).all() and result.diagnosis.clean_accuracy is not None
+    assert result.diagnosis.clean_accuracy.n == len(kept)
+
+
+def test_what_one_family_finds_counts_in_the_others_from_less_on() -> None:
+    model = taught(backdoor=True)
+    images, labels = (
+        torch.cat(part) for part in zip(*StandIns((3, SIZE, SIZE), count=64).answered_by(model), strict=True)
+    )
+    apart = find_shortcut(model, images, labels, seed=0, least=GAP_MADE_UP)
+    wide = [name for name, gap in apart.gaps.items() if gap >= GAP_MADE_UP]
+    narrow = [name for name, gap in apart.gaps.items() if GAP <= gap < GAP_MADE_UP]
+    first = {name: min(needs, key=needs.__getitem__) for name, needs in apart.needs.items()}
+    assert [first[name] for name in wide] == [TARGET] * len(wide) and wide
+    found = [trigger.family for trigger in apart.triggers]
+    assert found == [*wide, *(name for name in narrow if first[name] == TARGET)]
+
+
 def test_a_sound_network_is_left_alone_without_a_single_image() -> None:
     model = taught(backdoor=False)
     result = sanitize(model, StandIns((3, SIZE, SIZE), count=64), Settings(device="cpu"))
@@ -132,7 +175,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_the_command_needs_no_images_and_what_it_writes_is_whole(unseen: tuple[Path, dict]) -> None:
     folder, report = unseen
-    assert report["clean_images"]["made_up"] and report["clean_images"]["n"] == 128
+    assert report["clean_images"]["made_up"] and report["clean_images"]["n"] == 256
     assert report["diagnosis"]["threshold"]["mu"] == 3.0  # of the weights alone: agreement chooses nothing there
     assert report["counts"]["removed"] and report["proof"]["holds"]
     assert any("--test-dir" in warning for warning in report["warnings"])
@@ -143,7 +186,7 @@ def test_nobody_who_reads_the_artifact_takes_agreement_for_accuracy(unseen: tupl
     folder, report = unseen
     card, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
     front, text = card.split("\n---\n", 1)
-    assert "accuracy" not in front and "128 made-up images" in text and "answers as before on made-up images" in text
+    assert "accuracy" not in front and "256 made-up images" in text and "answers as before on made-up images" in text
     assert "clean images used" not in text and "--clean-dir" not in text.split("How to make it")[1]
     assert "Answers on the made-up images" in page and "the true classes" not in page
     bill = json.loads((folder / "bom.cdx.json").read_text())

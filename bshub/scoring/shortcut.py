@@ -4,13 +4,13 @@ All classes race: each gets an inverted trigger whose strength falls while it wo
 ones that need least run on, as long as one of them comes lower. The race is run on half the images: it only orders the
 classes. A need is a mean over the last steps, since a strength swings around it: so the needs of innocent classes came
 to within a factor of 1.2. A class is found where the next one needs at least ``GAP`` times as much, ``GAP_MADE_UP``
-times on made-up images.
+times on made-up images, where one class that several families agree on is found as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,13 @@ FINALISTS = 4
 CLEAR, SURE = 4.0, 3  # a gap that ends a race after so many steps in turn: nobody asks for a wider one
 GAP = 1.35
 GAP_MADE_UP = 2.25  # on made-up images: they lie nearer to some classes than to others, and innocent networks reach 2
+AGREED = 3.0  # on made-up images: product of the gaps of one class in several families, each at least GAP
 EXCESS = 3.0  # a found trigger is used at this multiple of its need, but never where the next class would be reached
 MIN_CLASSES = 4  # with fewer there is nothing to stand out from
 SCREENED = 10  # classes that race; of more, those that an untargeted change leads to
 SCREEN = 12
+
+Race = list[tuple[InvertedTrigger, float]]  # finalists with their needs, the least first
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,41 @@ def find_shortcut(
     if classes < MIN_CLASSES:
         return Shortcut((), {}, {}, False, least)
     feed = Feed(model, images, labels, seed, progress or (lambda steps: None), half)
+    races: dict[str, Race] = {}
     triggers: list[InvertedTrigger] = []
-    needs, gaps = {}, {}
     with in_mode(model, False), asking_only(model, []):
         for family in (name for name, of in FAMILIES.items() if not of.recalled):
-            finalists = race(feed, family, classes)
-            needs[family] = {trigger.target: need for trigger, need in finalists}
-            found, gaps[family] = standing_out([need for _, need in finalists], least)
-            for trigger, need in finalists[:found]:
-                settle(feed, trigger, min(EXCESS * need, finalists[found][1], trigger.most))
-                triggers.append(trigger)
+            races[family] = race(feed, family, classes)
+            triggers += _settled(feed, races[family], least)
+        if least > GAP:  # what one family found, or several agree on, counts from less on
+            known = {trigger.target for trigger in triggers} | _agreed(races)
+            for finalists in races.values():
+                triggers += _settled(feed, finalists, GAP, least, known)
+    needs = {family: {trigger.target: need for trigger, need in finalists} for family, finalists in races.items()}
+    gaps = {family: standing_out([*need.values()])[1] for family, need in needs.items()}
     return Shortcut(tuple(triggers), needs, gaps, True, least)
+
+
+def _settled(
+    feed: Feed, finalists: Race, least: float, below: float = math.inf, known: Collection[int] | None = None
+) -> list[InvertedTrigger]:
+    """The triggers of a race that stand out by ``least``, by less than ``below`` and toward ``known`` classes only."""
+    found, gap = standing_out([need for _, need in finalists], least)
+    chosen = [(t, need) for t, need in finalists[:found] if gap < below and (known is None or t.target in known)]
+    for trigger, need in chosen:
+        settle(feed, trigger, min(EXCESS * need, finalists[found][1], trigger.most))
+    return [trigger for trigger, _ in chosen]
+
+
+def _agreed(races: Mapping[str, Race]) -> set[int]:
+    """Classes that come first in several families, with gaps from ``GAP`` on whose product is ``AGREED``."""
+    products: dict[int, float] = {}
+    for finalists in races.values():
+        found, gap = standing_out([need for _, need in finalists])
+        if found == 1:
+            target = finalists[0][0].target
+            products[target] = products.get(target, 1.0) * gap
+    return {target for target, product in products.items() if product >= AGREED}
 
 
 def standing_out(needs: list[float], least: float = GAP) -> tuple[int, float]:
@@ -181,7 +208,7 @@ def settle(feed: Feed, trigger: InvertedTrigger, strength: float) -> None:
         feed.step(trigger)
 
 
-def race(feed: Feed, family: str, classes: int) -> list[tuple[InvertedTrigger, float]]:
+def race(feed: Feed, family: str, classes: int) -> Race:
     """The finalists with their needs, the least first."""
     targets = range(classes) if classes <= 2 * SCREENED else candidates(feed, family, classes)
     racers = [InvertedTrigger(family, target, feed.images) for target in targets if feed.others(target)]
