@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from bshub.clean import ENOUGH, CleanImages
 from bshub.intake.models import load_model
 from bshub.parallel import Workers
 from bshub.release.card_metadata import front_matter
+from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.selection import MU_NOTHING
-from bshub.scoring.shortcut import GAP, GAP_MADE_UP, find_shortcut
+from bshub.scoring.shortcut import AGREED, GAP, GAP_MADE_UP, _agreed, find_shortcut
 from bshub.settings import Settings
 from bshub.stand_ins import PART, dead_leaves
 
@@ -152,6 +154,19 @@ def test_what_one_family_finds_counts_in_the_others_from_less_on() -> None:
     assert [first[name] for name in wide] == [TARGET] * len(wide) and wide
     found = [trigger.family for trigger in apart.triggers]
     assert found == [*wide, *(name for name in narrow if first[name] == TARGET)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(1.0, 4.0)), min_size=1, max_size=4))
+def test_families_agree_on_a_class_where_the_product_of_its_gaps_is_wide(firsts: list[tuple[int, float]]) -> None:
+    """``GAP`` is the least that counts; a family whose first class is another says nothing about this one."""
+    image = torch.zeros(1, 3, 8, 8)
+    racers = [InvertedTrigger("additive", target, image) for target in range(4)]
+    races = {str(n): [(racers[first], 0.1), (racers[3], 0.1 * gap)] for n, (first, gap) in enumerate(firsts)}
+    wide = [(races[str(n)][0][0].target, races[str(n)][1][1] / 0.1) for n in range(len(firsts))]
+    for target in range(4):
+        product = math.prod(gap for first, gap in wide if first == target and gap >= GAP)
+        assert (target in _agreed(races)) == (product >= AGREED)
 
 
 def test_a_sound_network_is_left_alone_without_a_single_image() -> None:
