@@ -18,7 +18,7 @@ from bshub.graph.trace import in_mode
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.statistics import asking_only
 
-LITTLE = 0.1  # success of a trigger, sharpened against the network, that is no more than other classes would have
+LITTLE = 0.12  # success of a trigger, sharpened against the network, that is no more than other classes would have
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way
 TRIES = 8  # steps that each trigger gets against the network
 BATCH = 32

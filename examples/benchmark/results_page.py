@@ -135,7 +135,7 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         f"on {_listed(OLDER)} and in section 8 also took twice the steps and compared needs less exactly; the models "
         f"behind these are gone. {_listed(TWICE)} were trained twice: the rows without images are of the second "
         "training, which took better (badnets-1: 95 % for 44), all others of the first. All rows are of the time when "
-        "an inverted trigger counted as gone at 15 % after sharpening; it is 10 % now, which the demo led to."
+        "an inverted trigger counted as gone at 15 % after sharpening; it is 12 % now, which the demo led to."
     )
     paragraphs = (textwrap.wrap(text, 116) for text in (intro, terms, age))
     return ["# Results", "", *(line for paragraph in paragraphs for line in (*paragraph, ""))]
