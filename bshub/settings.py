@@ -36,7 +36,7 @@ class Settings:
         mu: Threshold ``mean + mu · std`` per layer, or ``auto``: the lowest one within ``budget``, or the highest at
             which an inverted trigger fails; nothing where none was found.
         budget: Accuracy on the clean images, in points, that pruning may cost before the repair (``auto``, ``shrink``).
-            Of made-up images ten times as many may be answered otherwise.
+            Once a trigger was found on made-up images, ten times as many points of agreement on most of them.
         repair: Key of ``REPAIRS``.
         finetune_epochs: Passes over the clean images after the surgery; 0.8 times as many where an inverted
             trigger is unlearned, which shows every image twice, but no fewer than 24 steps.
