@@ -94,18 +94,23 @@ def test_a_natural_way_is_set_aside_unless_its_gap_is_beyond_what_is_natural_or_
         assert len(kept.triggers) == 1 and not kept.natural
 
 
-@pytest.mark.parametrize(("family", "gap", "believed"), [
-    ("patch", UNSEEN - 0.01, False), ("patch", UNSEEN, True), ("additive", 1.5, True),
+@pytest.mark.parametrize(("family", "gap", "remembers", "believed"), [
+    ("patch", UNSEEN - 0.01, None, False), ("patch", UNSEEN, None, True), ("additive", 1.5, None, True),
+    ("patch", 1.5, "it", True), ("patch", UNSEEN - 0.01, "another", False),
 ])  # fmt: skip
-def test_with_too_few_images_of_the_class_a_patch_needs_a_wide_gap(
-    net: tuple[nn.Module, Pairing, Tensor, Tensor], family: str, gap: float, believed: bool
+def test_with_too_few_images_of_the_class_a_patch_needs_a_wide_gap_or_that_batch_norm_remembers_it(
+    net: tuple[nn.Module, Pairing, Tensor, Tensor], family: str, gap: float, remembers: str | None, believed: bool
 ) -> None:
     model, pairing, images, labels = net
     few = torch.cat([(labels == TARGET).nonzero()[:1, 0], (labels != TARGET).nonzero()[:, 0]])
     trigger = InvertedTrigger(family, TARGET, images)
     trigger.change = planted(images).change
     found = Shortcut((trigger,), {}, {family: gap})
-    left, _ = confirm(model, pairing, images[few], labels[few], found, None)
+    answers = response.trigger_response(model, pairing, images, labels, trigger)["conv"]
+    shift = torch.zeros(len(answers))
+    shift[answers.argmax() if remembers == "it" else answers.argmin()] = 1.0
+    shifted = Shifted({"conv": shift}, 0.03, 0.03) if remembers else None
+    left, _ = confirm(model, pairing, images[few], labels[few], found, shifted)
     assert (left.triggers == (trigger,)) is believed and (left.natural == (trigger,)) is not believed
 
 

@@ -2,7 +2,8 @@
 
 Does a trigger show the network what real images of its class show it? Then it is the natural way to that class
 (``likeness.py``); of a change of a few places, which finds such ways most, that is held possible too where there are
-too few images of the class to tell. And does it pass through the filters that batch norm remembers?
+too few images of the class to tell and batch norm does not speak for a backdoor. And does it pass through the filters
+that batch norm remembers?
 
 Where a backdoor was planted with enough images, both looks see it: the search inverts a trigger, and batch norm
 remembers the filters that answer to the real one. Then the inverted trigger excites these filters more than the others
@@ -61,12 +62,15 @@ def confirm(
     doubted, natural, apart = [], [], False
     for trigger in shortcut.triggers:
         gap = shortcut.gaps[trigger.family]
-        # beyond that gap likeness is no excuse, and need not be measured
-        if not made_up and gap < NATURAL and _natural(trigger, gap, likeness(model, pairing, images, labels, trigger)):
-            natural.append(trigger)
-            continue
         response = trigger_response(model, pairing, *shown, trigger)
-        passes_by = shifted is not None and shifted.count > 0 and passes_through(shifted, response) < PASSES
+        remembered = passes_through(shifted, response) if shifted is not None and shifted.count > 0 else None
+        # beyond that gap likeness is no excuse, and need not be measured
+        if not made_up and gap < NATURAL:
+            like = likeness(model, pairing, images, labels, trigger)
+            if _natural(trigger, gap, like, remembered):
+                natural.append(trigger)
+                continue
+        passes_by = remembered is not None and remembered < PASSES
         if passes_by and gap < UNDOUBTED:
             doubted.append(trigger)
             continue
@@ -82,10 +86,10 @@ def confirm(
     return left, strongest([response for _, response in kept])
 
 
-def _natural(trigger: InvertedTrigger, gap: float, like: float | None) -> bool:
+def _natural(trigger: InvertedTrigger, gap: float, like: float | None, remembered: float | None) -> bool:
     """Whether a trigger of a gap below ``NATURAL`` is, or may be, the natural way to its class."""
-    if like is None:
-        return trigger.local and gap < UNSEEN
+    if like is None:  # too few images to tell; that batch norm remembers it speaks against it
+        return trigger.local and gap < UNSEEN and (remembered is None or remembered < PASSES)
     return like >= LIKE
 
 

@@ -56,12 +56,8 @@ WHY_NOT = {  # models → why their attack stays below its paper
     "px64-sig-10": "px64-sig-10: six periods on 64 pixels are half as steep, and the stem halves the image twice.",
     "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
 }
-PRESENT = (  # trained and measured last
-    "clean", "badnets-1", "blended-10", "wanet-10", "sig-10", "label-consistent-10", "label-consistent-1",
-)  # fmt: skip
-SEEN = ("blended-1", "sig-1")  # the same with images; without, by half as many made-up ones
-TWICE = ("badnets-1", "blended-10", "clean")  # trained once more for the rows without images
-OLDER = ("adaptive-10", "wanet-1")  # by a slower search; the models are gone
+OLD_SECTIONS = ("5", "8", "9")  # whose models were not trained again since
+AGAIN = ("blended-1", "blended-10", "clean", "sig-1")  # came out of a second training bit for bit
 HIDING = "digits-adaptive-10"
 MOST_IMAGES = 50  # per class, in every section but the tenth
 
@@ -128,14 +124,11 @@ def _head(rows: Sequence[Row], found: Sequence[Group]) -> list[str]:
         "without images. ×bare: seconds over those of one forward and backward over the same images."
     )
     age = (
-        f"**The rows of `bshub` on {_listed(PRESENT)} are of the present default. All others are of an earlier one**: "
-        f"on {_listed(SEEN)} one that made up 128 images where there are none (256 now), and took each family's gap "
-        "by itself; the rest also in float32, with ten passes where a trigger is unlearned (eight now), and without a "
-        "look for waves. Where it found something with images nothing else differs. The search of those "
-        f"on {_listed(OLDER)} and in section 8 also took twice the steps and compared needs less exactly; the models "
-        f"behind these are gone. {_listed(TWICE)} were trained twice: the rows without images are of the second "
-        "training, which took better (badnets-1: 95 % for 44), all others of the first. All rows are of the time when "
-        "an inverted trigger counted as gone at 15 % after sharpening; it is 12 % now, which the demo led to."
+        f"**The rows of `bshub` in sections {_listed(OLD_SECTIONS)} are of an earlier default**: in float32, with ten "
+        "passes where a trigger is unlearned (eight now), without a look for waves, 128 made-up images where there are "
+        "none (256 now), and an inverted trigger counted as gone at 15 % after sharpening (12 % now, which the demo "
+        "led to). All others are of the present one, of one training on one processor, in which "
+        f"{_listed(AGAIN)} came out as they had been before, to the last bit: their baselines were measured then."
     )
     paragraphs = (textwrap.wrap(text, 116) for text in (intro, terms, age))
     return ["# Results", "", *(line for paragraph in paragraphs for line in (*paragraph, ""))]
@@ -202,10 +195,7 @@ def _mu(found: list[Group], wanted: Any) -> list[str]:
         mu = f"{notes['mu']:g}" + (" (**auto**)" if ":" not in group.method else "")
         flagged = notes["counts"]["flagged"]
         table.append(f"| {group.model} | {mu} | {drawn(group, 'accuracy')} | {drawn(group, 'asr')} | {flagged} |")
-    text = (
-        "*auto* looks at the clean images only; the curve behind it is unknown to it. On badnets-10 the "
-        "curve is of a default with a slower search than *auto* is there."
-    )
+    text = "*auto* looks at the clean images only; the curve behind it is unknown to it."
     return [*table, "", *textwrap.wrap(text, 116)]
 
 
