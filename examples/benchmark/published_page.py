@@ -36,7 +36,8 @@ def published_table(found: list[Group], wanted: Any) -> list[str]:
         "quarter-width networks and the demo's, which has 24 to 192 filters a layer, 5 % poison and twelve epochs. "
         "*Published*: BackdoorBench's leaderboard (PreAct-ResNet18 of full width, a hundred "
         f"epochs): ACC / ASR after, before {PUBLISHED_BEFORE[0]} / {PUBLISHED_BEFORE[1]}; ANP's threshold was chosen "
-        "with the trigger at hand, here without."
+        "with the trigger at hand, here without. badnets-10 is of an earlier training than in the other sections, but "
+        "for CLP and BNP."
     )
     table = [
         *textwrap.wrap(text, 116), "", *_finding(found),
@@ -88,8 +89,9 @@ def _finding(found: list[Group]) -> list[str]:
         "BackdoorBench's it inherits what its teacher was left with.",
         f"**CLP** asks for a bound three deviations above the layer's mean. Among {NARROWEST} filters none can lie "
         f"further than {NARROWEST - 1}/√{NARROWEST} = {reach:.2f} above, and the outlier that a trigger makes widens "
-        f"the deviation itself: in badnets-10 the published threshold leaves {left(checker, 'clp')} %, a threshold of "
-        f"2.5 deviations {left(checker, 'clp:u=2.5')} %. The demo's wider layers leave {left('demo', 'clp')} %.",
+        f"the deviation itself: the published threshold leaves badnets-10 {left(checker, 'clp')} %, one of 2.5 "
+        f"deviations {left(checker, 'clp:u=2.5')} %; an earlier training of it kept 85.5 and 3.2 %. The demo's wider "
+        f"layers leave {left('demo', 'clp')} %.",
         f"**I-BAU** (published for 1 % poison: 87.6 / 3.6) leaves the demo {left('demo', 'i-bau')} %, and at the ten "
         f"times higher rate of its authors, which costs accuracy, {left('demo', 'i-bau:lr=0.001')} %. The perturbation "
         f"that it unlearns is none that leads to the target: after {bent['steps']} steps of its ascent "
