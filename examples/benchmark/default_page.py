@@ -24,7 +24,7 @@ BARS = {  # mean ASR, worst ASR, ACC lost, clean model
 TAUGHT = (
     (
         "What keeps the bars away: with ten images per class, attacks at 1 % poison that hardly take (sig-1, "
-        "blended-1). No search tells them from an innocent network, whose class 6 a wave reaches as easily as sig-1's "
+        "blended-1), and label-consistent-1 by half a point of the worst. No search tells them from an innocent network, whose class 6 a wave reaches as easily as sig-1's "
         "target, and batch norm recalls sig-1's wave from 1.3 % of the training images where chance comes to 1.2 % "
         "(n=100). Trained for fifteen epochs instead of six they come to an ASR of 46 and 52 % (n=1792) and are not "
         "found either, with a hundred images or none. Single waves, all of them tried in turn, say no more: at 0.3 "
@@ -43,14 +43,17 @@ TAUGHT = (
         "full width such a repair takes more than the minute that is left for all."
     ),
     (
-        "With one image per class sig-10 had been the worst until batch norm was asked for waves: in 12 of 16 draws it "
-        "names the wave, in none of 48 on innocent ones (clean, badnets-1, blended-1; earlier trainings, where the "
-        "repair cost 22 points of ACC in one of four draws). Without images nobody can ask it, and a gap that innocent "
-        "networks stay under hides sig-10 and wanet-10. With one per class badnets-10 kept its backdoor (99.6 %) in "
-        "this training: a patch of gap 2.6 was held for natural, as one image of a class cannot tell. It is believed "
-        "since where it passes through filters that batch norm remembers (2.6 deviations; 1.0 are asked for), **which "
-        "was changed after a look at that row**; on seven networks without such a backdoor (clean, wanet-1, blended-1, "
-        "sig-1, digits-clean, -3 and -4) batch norm remembers none in any of 28 draws, so nothing changed."
+        "With one image per class the figures are means over four draws of them, and one draw tells little. "
+        "label-consistent-1 keeps its backdoor in three: its patch, of gap 1.7 to 2.1, is held for natural, as one "
+        "image of a class cannot tell, and innocent digits have strokes of gap 1.4 to 2.7 that need as little "
+        "(0.034 to 0.062, the patch 0.032 to 0.045). input-aware-10 keeps it in one, where a wave toward class 6 is "
+        "recalled in its place. badnets-10 kept it in one (99.6 %), held for natural at a gap of 2.6. A patch is "
+        "believed since where it passes through filters that batch norm remembers (2.6 deviations; 1.0 are asked "
+        "for), **which was changed after a look at that row**; on seven networks without such a backdoor (clean, "
+        "wanet-1, blended-1, sig-1, digits-clean, -3 and -4) batch norm remembers none in any of 28 draws, so that "
+        "nothing changes. sig-10 is found in all four; a repair with ten images costs it 22 points of ACC in one of "
+        "them, badnets-1 28. Without images nobody can ask batch norm for waves, and a gap that innocent networks stay "
+        "under hides sig-10 and wanet-10."
     ),
     (
         "Without images, up to 60 % of the made-up ones are answered with the target of a backdoor. These have no say "
