@@ -24,7 +24,8 @@ BARS = {  # mean ASR, worst ASR, ACC lost, clean model
 TAUGHT = (
     (
         "What keeps the bars away: with ten images per class, attacks at 1 % poison that hardly take (sig-1, "
-        "blended-1), and label-consistent-1 by half a point of the worst. No search tells them from an innocent network, whose class 6 a wave reaches as easily as sig-1's "
+        "blended-1), and label-consistent-1 by half a point of the worst. No search tells the first two from an "
+        "innocent network, whose class 6 a wave reaches as easily as sig-1's "
         "target, and batch norm recalls sig-1's wave from 1.3 % of the training images where chance comes to 1.2 % "
         "(n=100). Trained for fifteen epochs instead of six they come to an ASR of 46 and 52 % (n=1792) and are not "
         "found either, with a hundred images or none. Single waves, all of them tried in turn, say no more: at 0.3 "
