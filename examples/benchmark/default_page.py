@@ -41,8 +41,8 @@ TAUGHT = (
         "unlisted sinusoid 28 of 48 for 0.3, but blended-1 15 of 15 for 0.8; clean loses 0.1. Aimed at the waves that "
         "a network is weakest against, sixty steps leave that sinusoid 10 %, for 2.3 points, and 2.0 of an innocent "
         "network; slow noise alone leaves blended-1 12 % for 0.6, without the mixed images 10 % for 1.4. Interpolated "
-        "back to half a point, half of the success returns. And in full width such a repair takes more than the minute "
-        "that is left for all."
+        "back to half a point, half of the success returns. In full width such a repair, six "
+        "times the present one, takes more than the minute that is asked of the whole."
     ),
     (
         "With one image per class the figures are means over four draws of them, and one draw tells little. "
