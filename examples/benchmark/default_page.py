@@ -29,7 +29,7 @@ TAUGHT = (
         "target, and batch norm recalls sig-1's wave from 1.3 % of the training images where chance comes to 1.2 % "
         "(n=100). Trained for fifteen epochs instead of six they come to an ASR of 46 and 52 % (n=1792) and are not "
         "found either, with a hundred images or none. Single waves, all of them tried in turn, say no more: at 0.3 "
-        "deviations one leads 46 to 53 % of the clean images to sig-1's target, and in seven networks of this kind "
+        "deviations one leads 46 to 53 % of the clean images to sig-1's target, and in six networks of this kind "
         "another one 50 to 83 % to class 6; how like its class a wave is tells sig-1's (-0.4 to -0.6) from most, but "
         "that of a sinusoid's model that is not listed (target 5) has 0.6."
     ),
