@@ -59,18 +59,21 @@ def confirm(
     """
     kept: list[tuple[InvertedTrigger, dict[str, Tensor]]] = []
     shown = images[:SHOWN], labels[:SHOWN]
+    memory = shifted if shifted is not None and shifted.count else None
     doubted, natural, apart = [], [], False
     for trigger in shortcut.triggers:
         gap = shortcut.gaps[trigger.family]
+        asked = not made_up and gap < NATURAL  # beyond that gap likeness is no excuse, and need not be measured
+        like = likeness(model, pairing, images, labels, trigger) if asked else None
+        if like is not None and like >= LIKE:
+            natural.append(trigger)
+            continue
         response = trigger_response(model, pairing, *shown, trigger)
-        remembered = passes_through(shifted, response) if shifted is not None and shifted.count > 0 else None
-        # beyond that gap likeness is no excuse, and need not be measured
-        if not made_up and gap < NATURAL:
-            like = likeness(model, pairing, images, labels, trigger)
-            if _natural(trigger, gap, like, remembered):
-                natural.append(trigger)
-                continue
-        passes_by = remembered is not None and remembered < PASSES
+        passes = memory is not None and passes_through(memory, response) >= PASSES
+        if asked and like is None and trigger.local and gap < UNSEEN and not passes:
+            natural.append(trigger)  # there are too few images to tell, and batch norm does not speak against it
+            continue
+        passes_by = memory is not None and not passes
         if passes_by and gap < UNDOUBTED:
             doubted.append(trigger)
             continue
@@ -84,13 +87,6 @@ def confirm(
         apart=apart,
     )
     return left, strongest([response for _, response in kept])
-
-
-def _natural(trigger: InvertedTrigger, gap: float, like: float | None, remembered: float | None) -> bool:
-    """Whether a trigger of a gap below ``NATURAL`` is, or may be, the natural way to its class."""
-    if like is None:  # too few images to tell; that batch norm remembers it speaks against it
-        return trigger.local and gap < UNSEEN and (remembered is None or remembered < PASSES)
-    return like >= LIKE
 
 
 def passes_through(shifted: Shifted, response: Mapping[str, Tensor]) -> float:
