@@ -111,13 +111,18 @@ def bring_back(
     if triggers:
         outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})
     # what is left of the trigger is worth as much as what is left of the accuracy
-    allowed = max(WORSE_MADE_UP if clean.made_up else WORSE, held - left)
+    allowed = max(WORSE_MADE_UP if clean.made_up else _by_chance(WORSE, len(clean.labels)), held - left)
     if not _finite(pruned) or after.value < now.value - allowed:
         pruned.load_state_dict(weights)
         return replace(
             outcome, done=False, why="it made the model worse", accuracy=now, warnings=(*outcome.warnings, UNDONE)
         )
     return outcome
+
+
+def _by_chance(share: float, images: int) -> float:
+    """That share and one standard error of it: of ten images a single one is a tenth."""
+    return share + (share * (1 - share) / max(images, 1)) ** 0.5
 
 
 def _finite(model: nn.Module) -> bool:

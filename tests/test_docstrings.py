@@ -37,7 +37,7 @@ def exported() -> Iterator[tuple[str, Any]]:
 def registered() -> Iterator[tuple[str, Callable[..., Any]]]:
     """What stands in the registries."""
     yield from ((f"score {name}", score.function) for name, score in SCORES.items())
-    yield from ((f"repair {name}", loss) for name, loss in REPAIRS.items())
+    yield from ((f"repair {name}", way.loss) for name, way in REPAIRS.items())
     yield from ((f"attack {name}", unwrapped(attack)) for name, attack in ATTACKS.items())
     yield from ((f"defense {name}", defense) for name, defense in DEFENSES.items())
 

@@ -6,7 +6,7 @@ few images cannot estimate them), and silenced filters stay zero (a batch norm w
 Where inverted triggers are known, every batch is shown a second time with one of them, sharpened by one step against
 the network as it is by then, and has to be answered as the original answers the clean images: what is left of the
 shortcut is unlearned, by whichever path it runs (adversarial training against one universal change; the idea of
-I-BAU, Zeng et al., ICLR 2022).
+I-BAU, Zeng et al., ICLR 2022). ``lesson.py`` says what such a batch is made of.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bshub.augment import augment
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 from bshub.parallel import Workers
+from bshub.repair.lesson import stamped, with_mixtures
 from bshub.scoring.inversion import InvertedTrigger
-from bshub.scoring.statistics import asking_only
 
 Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ WARM_UP = 0.1
 FEWEST_STEPS = 24  # where a trigger is unlearned; ten images give one step a pass
 UNLEARNING_PASSES = 0.8  # of the passes, where a trigger is unlearned: they show every image twice
 UNLEARNING_RATE = 4.0  # times the learning rate, where a trigger is unlearned
-SHARPENED = 16  # images of a batch that a trigger is sharpened on, as in the search
+FEW = 50  # images; fewer say too little, and as many mixtures of them again are shown
 MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
 
@@ -88,20 +88,33 @@ def cross_entropy(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-REPAIRS: dict[str, Loss] = {
-    "distil": distil,
-    "finetune": cross_entropy,
+@dataclass(frozen=True)
+class Repair:
+    """A way to repair.
+
+    Attributes:
+        loss: ``(logits, labels, teacher's logits)`` → what is to fall.
+        mixes: Whether mixtures of images are shown too, see ``lesson.py``: a teacher answers them, a label does not.
+    """
+
+    loss: Loss
+    mixes: bool
+
+
+REPAIRS: dict[str, Repair] = {
+    "distil": Repair(distil, mixes=True),
+    "finetune": Repair(cross_entropy, mixes=False),
 }
 
 
-def find_repair(name: str) -> Loss:
+def find_repair(name: str) -> Repair:
     """Look a repair up.
 
     Args:
         name: Key of ``REPAIRS``.
 
     Returns:
-        Its loss.
+        The repair.
 
     Raises:
         UsageError: There is no such repair.
@@ -146,7 +159,7 @@ def repair(
     Raises:
         UsageError: Unknown method.
     """
-    loss_of, workers = find_repair(method), workers or Workers()
+    way, workers = find_repair(method), workers or Workers()
     epochs, each = epochs_of(schedule, len(images), bool(triggers)), -(-len(images) // schedule.batch_size)
     if not epochs:
         return float("nan")
@@ -167,29 +180,34 @@ def repair(
     steps = max(epochs * each, 4)
     # the warm-up needs two steps of its own, which a tenth of a short repair is not
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=max(WARM_UP, 2 / steps))
-    total, half = 0.0, schedule.precision == "bf16"
+    total, seen, half = 0.0, 0, schedule.precision == "bf16"
     with in_mode(model, False), in_mode(teacher, False):
         for epoch in range(epochs):
-            total = 0.0
+            total, seen = 0.0, 0
             order = torch.randperm(len(images), generator=generator).split(schedule.batch_size)
             for turn, index in enumerate(order, epoch * each):
-                batch, mine = augment(images[index], generator), workers.part(len(index))
-                stamped = None
+                batch, wanted, size = augment(images[index], generator), labels[index], schedule.batch_size
+                if way.mixes:
+                    more = size if triggers and len(images) < FEW else 0
+                    batch, wanted = with_mixtures(batch, wanted, max(size // 2, 1), size + more, generator)
+                shown = batch[:0]
                 if triggers:
-                    stamped = _stamped(model, triggers[turn % len(triggers)], batch, labels[index], half)[mine]
+                    trigger = triggers[turn % len(triggers)]
+                    shown = stamped(model, trigger, batch[:size], wanted[:size], generator, half)
+                mine = workers.part(len(batch))
+                batch, wanted, shown = batch[mine], wanted[mine], shown[mine]
                 optimizer.zero_grad(set_to_none=True)
-                index, batch = index[mine], batch[mine]
-                if len(index):  # the last batch may be smaller than the number of processes
+                if len(batch):  # the last batch may be smaller than the number of processes
                     with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
                         with torch.no_grad():
-                            answers = teacher(batch)
-                        logits = model(batch if stamped is None else torch.cat((batch, stamped)))
-                    times = len(logits) // len(batch)
-                    loss = loss_of(logits.float(), labels[index].repeat(times), answers.float().repeat(times, 1))
+                            answers = teacher(batch).float()
+                        logits = model(torch.cat((batch, shown))).float()
+                    again = slice(len(shown))  # what is shown with the trigger comes first in the batch
+                    loss = way.loss(logits, torch.cat((wanted, wanted[again])), torch.cat((answers, answers[again])))
                     loss.backward()
-                    total += float(loss.detach()) * len(index)
-                _average_gradients(list(parameters.values()), len(index), workers)
-                if triggers:
+                    total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
+                _average_gradients(list(parameters.values()), len(batch) + len(shown), workers)
+                if way.mixes or triggers:
                     nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
                 optimizer.step()
                 cycle.step()
@@ -200,7 +218,7 @@ def repair(
                 progress(1)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
-    return total / len(images)
+    return total / max(seen, 1)
 
 
 def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
@@ -218,14 +236,6 @@ def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:
         return schedule.epochs
     each = -(-images // schedule.batch_size)
     return max(round(UNLEARNING_PASSES * schedule.epochs), -(-FEWEST_STEPS // each))
-
-
-def _stamped(model: nn.Module, trigger: InvertedTrigger, batch: Tensor, labels: Tensor, half: bool) -> Tensor:
-    """The batch with the trigger after one step against the present network; the same in every process."""
-    others = batch[labels != trigger.target]
-    with asking_only(model, []):
-        trigger.sharpen(model, others[:SHARPENED] if len(others) else batch, half)
-    return trigger(batch)
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter], images: int, workers: Workers) -> None:
