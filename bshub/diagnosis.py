@@ -17,6 +17,7 @@ from bshub.graph.pairs import Pairing, find_pairs
 from bshub.graph.trace import Recording
 from bshub.parallel import Workers
 from bshub.progress import Steps
+from bshub.repair.trial import cost_of_unlearning
 from bshub.scoring.confirmation import confirm
 from bshub.scoring.plan import RemovalPlan, as_arrays, make_plan
 from bshub.scoring.recall import recall
@@ -175,9 +176,11 @@ def diagnose(
             with steps.step("trigger inversion", total_steps(clean.classes)) as advance:
                 least = GAP_MADE_UP if clean.made_up else GAP
                 found = find_shortcut(model, clean.images, clean.labels, settings.seed, advance, least, half)
-                with in_bf16(clean.images.device, half):
-                    shown = clean.images, clean.labels
-                    shortcut, response = confirm(model, pairing, *shown, found, shifted, clean.made_up)
+                shown = clean.images, clean.labels
+                shortcut, response = confirm(
+                    model, pairing, *shown, found, shifted, clean.made_up,
+                    lambda trigger: cost_of_unlearning(model, trigger, *shown, settings.seed, half), half,
+                )  # fmt: skip
                 alike = shifted is not None and bool(shifted.shifts)  # else batch norm remembers other images anyway
                 if alike and shortcut.searched and not shortcut.triggers:
                     shortcut, response = recall(model, pairing, *shown, shortcut, settings.seed, advance, half)

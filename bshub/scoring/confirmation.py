@@ -1,9 +1,9 @@
-"""Are the triggers that were found backdoors? Two questions that the size of a gap does not answer.
+"""Are the triggers that were found backdoors? Questions that the size of a gap does not answer.
 
 Does a trigger show the network what real images of its class show it? Then it is the natural way to that class
-(``likeness.py``); of a change of a few places, which finds such ways most, that is held possible too where there are
-too few images of the class to tell and batch norm does not speak for a backdoor. And does it pass through the filters
-that batch norm remembers?
+(``likeness.py``). Of a change of a few places, which finds such ways most, that is held possible too where there are
+too few images of the class to tell, unless batch norm speaks for a backdoor, or it could be unlearned at little cost
+(``repair/trial.py``). And does it pass through the filters that batch norm remembers?
 
 Where a backdoor was planted with enough images, both looks see it: the search inverts a trigger, and batch norm
 remembers the filters that answer to the real one. Then the inverted trigger excites these filters more than the others
@@ -13,12 +13,13 @@ network may have mostly does not. A wide gap counts by itself: there may be anot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from bshub.device import in_bf16
 from bshub.graph.pairs import Pairing
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.likeness import LIKE, NATURAL, likeness
@@ -31,6 +32,9 @@ SHOWN = 256  # images that the answer to a trigger is averaged over
 PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
 UNSEEN = 3.0  # a gap from which a few places count with too few images to see a natural way: those came to 2.7
+COST = (
+    0.2  # nats up to which a change can be unlearned: backdoors came to 0.07 to 0.19 (but one), natural ways to 0.20 on
+)
 
 
 def confirm(
@@ -41,6 +45,8 @@ def confirm(
     shortcut: Shortcut,
     shifted: Shifted | None,
     made_up: bool = False,
+    cost: Callable[[InvertedTrigger], float] | None = None,
+    half: bool = False,
 ) -> tuple[Shortcut, dict[str, Tensor]]:
     """Keep the triggers that are no natural way to their class and pass through the filters that lie off, if any do.
 
@@ -52,6 +58,8 @@ def confirm(
         shortcut: What the search came to.
         shifted: What batch norm remembers.
         made_up: Whether the images only stand in for real ones, and show no class.
+        cost: What it would cost to unlearn a trigger, in nats; asked where nothing else tells.
+        half: Whether to compute in bfloat16.
 
     Returns:
         The same without the triggers in doubt and the natural ones, and how each filter answers to those that are
@@ -64,14 +72,17 @@ def confirm(
     for trigger in shortcut.triggers:
         gap = shortcut.gaps[trigger.family]
         asked = not made_up and gap < NATURAL  # beyond that gap likeness is no excuse, and need not be measured
-        like = likeness(model, pairing, images, labels, trigger) if asked else None
+        with in_bf16(images.device, half):
+            like = likeness(model, pairing, images, labels, trigger) if asked else None
         if like is not None and like >= LIKE:
             natural.append(trigger)
             continue
-        response = trigger_response(model, pairing, *shown, trigger)
+        with in_bf16(images.device, half):
+            response = trigger_response(model, pairing, *shown, trigger)
         passes = memory is not None and passes_through(memory, response) >= PASSES
-        if asked and like is None and trigger.local and gap < UNSEEN and not passes:
-            natural.append(trigger)  # there are too few images to tell, and batch norm does not speak against it
+        untold = asked and like is None and trigger.local and gap < UNSEEN  # there are too few images to tell
+        if untold and not passes and (cost is None or cost(trigger) > COST):
+            natural.append(trigger)
             continue
         passes_by = memory is not None and not passes
         if passes_by and gap < UNDOUBTED:
