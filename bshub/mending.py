@@ -111,7 +111,7 @@ def bring_back(
     if triggers:
         outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})
     # what is left of the trigger is worth as much as what is left of the accuracy
-    allowed = max(WORSE_MADE_UP if clean.made_up else _by_chance(WORSE, len(clean.labels)), held - left)
+    allowed = max(WORSE_MADE_UP if clean.made_up else by_chance(WORSE, len(clean.labels)), held - left)
     if not _finite(pruned) or after.value < now.value - allowed:
         pruned.load_state_dict(weights)
         return replace(
@@ -120,8 +120,16 @@ def bring_back(
     return outcome
 
 
-def _by_chance(share: float, images: int) -> float:
-    """That share and one standard error of it: of ten images a single one is a tenth."""
+def by_chance(share: float, images: int) -> float:
+    """That share and one standard error of it: of ten images a single one is a tenth.
+
+    Args:
+        share: 0 to 1.
+        images: That it is counted on.
+
+    Returns:
+        A share.
+    """
     return share + (share * (1 - share) / max(images, 1)) ** 0.5
 
 

@@ -39,7 +39,7 @@ class Settings:
             Once a trigger was found on made-up images, ten times as many points of agreement on most of them.
         repair: Key of ``REPAIRS``.
         finetune_epochs: Passes over the clean images after the surgery; 0.8 times as many where an inverted
-            trigger is unlearned, which shows every image twice, but no fewer than 24 steps.
+            trigger is unlearned, which shows each batch twice, but no fewer than 24 steps.
         finetune_lr: Peak learning rate of these passes; four times as much where an inverted trigger is unlearned.
         batch_size: Images per batch.
         seed: Seed of everything random.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.scoring import response
-from bshub.scoring.confirmation import UNSEEN, confirm
+from bshub.scoring.confirmation import COST, UNSEEN, confirm
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.likeness import FEWEST, LIKE, NATURAL, likeness
 from bshub.scoring.response import activated_change, mean_maps
@@ -112,6 +112,27 @@ def test_with_too_few_images_of_the_class_a_patch_needs_a_wide_gap_or_that_batch
     shifted = Shifted({"conv": shift}, 0.03, 0.03) if remembers else None
     left, _ = confirm(model, pairing, images[few], labels[few], found, shifted)
     assert (left.triggers == (trigger,)) is believed and (left.natural == (trigger,)) is not believed
+
+
+@pytest.mark.parametrize(("own", "cost", "believed"), [(1, COST, True), (1, COST + 0.01, False), (FEWEST, 0.0, None)])
+def test_with_too_few_images_of_the_class_a_patch_is_believed_that_can_be_unlearned_at_little_cost(
+    net: tuple[nn.Module, Pairing, Tensor, Tensor], own: int, cost: float, believed: bool | None
+) -> None:
+    """With enough of them likeness tells, and nobody pays for a trial."""
+    model, pairing, images, labels = net
+    some = torch.cat([(labels == TARGET).nonzero()[:own, 0], (labels != TARGET).nonzero()[:, 0]])
+    trigger = InvertedTrigger("patch", TARGET, images)
+    trigger.change = natural(images, labels).change
+    asked: list[InvertedTrigger] = []
+    found = Shortcut((trigger,), {}, {"patch": UNSEEN - 0.01})
+
+    def cost_of(doubtful: InvertedTrigger) -> float:
+        asked.append(doubtful)
+        return cost
+
+    left, _ = confirm(model, pairing, images[some], labels[some], found, None, cost=cost_of)
+    assert (left.triggers == (trigger,)) is bool(believed) and (left.natural == (trigger,)) is not bool(believed)
+    assert asked == ([] if believed is None else [trigger])
 
 
 def test_large_images_run_in_smaller_parts_with_the_same_outcome(
