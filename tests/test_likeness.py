@@ -88,7 +88,7 @@ def test_a_natural_way_is_set_aside_unless_its_gap_is_beyond_what_is_natural_or_
 
     left = judged("natural", 2.0)
     assert not left.triggers and left.natural == (ways["natural"],)
-    assert "or there are too few of them to tell: additive toward class 2" in left.reason()
+    assert "or cannot be unlearned without loss: additive toward class 2" in left.reason()
     assert left.as_dict()["natural"] == [{"family": "additive", "target": TARGET}]
     for kept in (judged("planted", 2.0), judged("natural", NATURAL), judged("natural", 2.0, made_up=True)):
         assert len(kept.triggers) == 1 and not kept.natural

@@ -32,9 +32,7 @@ SHOWN = 256  # images that the answer to a trigger is averaged over
 PASSES = 1.0  # deviations from which a trigger passes through these filters
 UNDOUBTED = GAP_MADE_UP  # a gap that innocent networks do not reach, on whatever images
 UNSEEN = 3.0  # a gap from which a few places count with too few images to see a natural way: those came to 2.7
-COST = (
-    0.2  # nats up to which a change can be unlearned: backdoors came to 0.07 to 0.19 (but one), natural ways to 0.20 on
-)
+COST = 0.2  # nats up to which unlearning is cheap: 10 of 11 backdoors came to 0.07 to 0.19, 16 natural ways to 0.20 on
 
 
 def confirm(

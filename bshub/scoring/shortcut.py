@@ -84,8 +84,8 @@ class Shortcut:
             )
         if self.natural and not self.triggers:
             return (
-                "what was found looks to the network like real images of its class, or there are too few of them to "
-                f"tell: {self._of(self.natural)}"
+                "what was found looks to the network like real images of its class, or cannot be unlearned without "
+                f"loss: {self._of(self.natural)}"
             )
         if not self.triggers:
             return f"no class is reached more easily than the others (gaps {self._gaps()}; {self.least} would be found)"
