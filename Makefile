@@ -51,7 +51,7 @@ docs: setup ## build the documentation into out/site, without a network
 	@echo "written: out/site/index.html"
 
 recording: setup ## walk through docs/tutorial.md and rewrite docs/recording.txt
-	$(BIN)/python examples/record_tutorial.py --out docs/recording.txt
+	$(BIN)/python examples/record_tutorial.py --install --out docs/recording.txt
 
 fuzz: setup ## ten minutes of atheris on the three intakes; what it finds lies in tests/fuzz-findings
 	@cd tests && OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m fuzz 600
