@@ -134,8 +134,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "chosen on the clean images alone. Budget and distillation were chosen while looking at these two models and",
         "the demo's, the search for a trigger on others (results.md), its bound of likeness after a look at these too.",
         "`tac`, the answer to an inverted trigger, is the default; `lipschitz` judges by the weights; `bss` is the",
-        "reconstruction of the paper's four-term score. Measured in float32, when unlearning took ten passes (eight",
-        "now).",
+        "reconstruction of the paper's four-term score.",
         "",
     ]
     for model in MODELS:
