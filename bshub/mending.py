@@ -14,7 +14,7 @@ from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.parallel import Workers
 from bshub.progress import Steps
 from bshub.repair.finetune import Schedule, epochs_of, repair
-from bshub.repair.unlearning import held_against, keep_disarmed, tolerated
+from bshub.repair.unlearning import by_chance, held_against, keep_disarmed, tolerated
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.settings import Settings
 
@@ -118,19 +118,6 @@ def bring_back(
             outcome, done=False, why="it made the model worse", accuracy=now, warnings=(*outcome.warnings, UNDONE)
         )
     return outcome
-
-
-def by_chance(share: float, images: int) -> float:
-    """That share and one standard error of it: of ten images a single one is a tenth.
-
-    Args:
-        share: 0 to 1.
-        images: That it is counted on.
-
-    Returns:
-        A share.
-    """
-    return share + (share * (1 - share) / max(images, 1)) ** 0.5
 
 
 def _finite(model: nn.Module) -> bool:

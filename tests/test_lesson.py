@@ -10,16 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from little_nets import snapshot
+from little_nets import same, snapshot
 from test_inversion import TARGET, Planted, clean_images
 from test_likeness import natural, planted
 from torch import Tensor, nn
 
-from bshub.mending import WORSE, by_chance
+from bshub.mending import WORSE
 from bshub.repair import trial
 from bshub.repair.finetune import FEW, Schedule, repair
 from bshub.repair.lesson import LEAST_OWN, STRONGEST, stamped, with_mixtures
 from bshub.repair.trial import cost_of_unlearning
+from bshub.repair.unlearning import by_chance
 from bshub.scoring.confirmation import COST
 from bshub.scoring.inversion import InvertedTrigger
 
@@ -74,8 +75,7 @@ def test_a_trigger_is_shown_at_strengths_from_its_own_to_twice_that_of_each_imag
     torch.testing.assert_close(shown, images + strengths.view(-1, 1, 1, 1) * change, atol=1e-5, rtol=1e-4)
     assert 1 <= float(strengths.min()) < 1.3 < 1.7 < float(strengths.max()) <= STRONGEST
     again = stamped(model, twin, images, labels, torch.Generator().manual_seed(1))
-    assert torch.equal(again, shown) and snapshot(model)["state"].keys() == before["state"].keys()
-    assert all(torch.equal(snapshot(model)["state"][name], tensor) for name, tensor in before["state"].items())
+    assert torch.equal(again, shown) and same(before, snapshot(model))
 
 
 @pytest.mark.parametrize(("method", "count", "triggers", "size"), [
@@ -109,9 +109,7 @@ def test_a_backdoor_is_unlearned_at_little_cost_and_the_natural_way_to_a_class_i
     cheap, dear = (cost_of_unlearning(model, t, images, labels, seed=0) for t in (backdoor, way))
     assert 0 <= cheap < COST < dear
     assert cost_of_unlearning(model, backdoor, images, labels, seed=0) == cheap
-    after = snapshot(model)
-    assert all(torch.equal(after["state"][name], tensor) for name, tensor in before["state"].items())
-    assert (after["modes"], after["flags"]) == (before["modes"], before["flags"])
+    assert same(before, snapshot(model))
     assert torch.equal(backdoor.change, changes[0]) and torch.equal(way.change, changes[1])
 
 

@@ -154,7 +154,7 @@ def repair(
         progress: Called with 1 after every epoch.
 
     Returns:
-        The mean loss of the last epoch (NaN without epochs); of several processes, this one's share of it.
+        The mean loss of the last epoch (NaN without epochs); of several processes, that of this one's part.
 
     Raises:
         UsageError: Unknown method.

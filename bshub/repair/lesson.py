@@ -1,9 +1,9 @@
-"""What one step of a repair shows the network where a trigger is unlearned.
+"""What one step of a repair shows the network: clean images, mixtures of them, and the same with a trigger.
 
 Ten clean images say little about what a network does, and steps steep enough to unlearn a trigger damage what they do
 not show. But the original answers any image, so it can be asked about mixtures of the clean ones too, which are as many
 as one likes (function matching; Beyer et al., *Knowledge distillation: a good teacher is patient and consistent*, CVPR
-2022). Half of what is shown are mixtures; where there are few images, more of them without the trigger.
+2022). Half of what is shown are mixtures; where there are few images and a trigger, more of them without it.
 
 The inverted trigger is the weakest that works, and the real one need not be. So it is shown at random strengths.
 """

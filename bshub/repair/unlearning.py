@@ -50,6 +50,19 @@ def held_against(
     return worst
 
 
+def by_chance(share: float, images: int) -> float:
+    """That share and one standard error of it: of ten images a single one is a tenth.
+
+    Args:
+        share: 0 to 1.
+        images: That it is counted on.
+
+    Returns:
+        A share.
+    """
+    return share + (share * (1 - share) / max(images, 1)) ** 0.5
+
+
 def tolerated(images: int) -> float:
     """Success up to which a trigger counts as gone: ``LITTLE`` and one standard error of a share of that many images.
 
@@ -59,7 +72,7 @@ def tolerated(images: int) -> float:
     Returns:
         A share, 0 to 1.
     """
-    return LITTLE + (LITTLE * (1 - LITTLE) / max(images, 1)) ** 0.5
+    return by_chance(LITTLE, images)
 
 
 def keep_disarmed(
