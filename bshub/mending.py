@@ -1,4 +1,4 @@
-"""Whether a pruned network needs a repair, how far it goes, and whether it may stay."""
+"""Whether a network needs a repair, or is hardened, how far that goes, and whether it may stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bshub.device import has_bf16
 from bshub.evaluation.metrics import Rate, clean_accuracy
 from bshub.parallel import Workers
 from bshub.progress import Steps
-from bshub.repair.finetune import Schedule, epochs_of, repair
+from bshub.repair.finetune import Schedule, epochs_of, find_repair, repair
+from bshub.repair.hardening import AGREES, Hardening, harden, passes_of
 from bshub.repair.unlearning import by_chance, held_against, keep_disarmed, tolerated
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.settings import Settings
@@ -36,6 +37,7 @@ class Outcome:
         passes: Over the images that it took, 0 if none was tried.
         unlearning: Success of the sharpened triggers ``before`` and ``after``, and the ``share`` of the way that was
             kept; None without triggers or without a repair.
+        hardening: How far the network was hardened, where nothing was found; None where it was not tried.
         warnings: What a user should know.
     """
 
@@ -44,6 +46,7 @@ class Outcome:
     accuracy: Rate
     passes: int = 0
     unlearning: dict[str, float] | None = None
+    hardening: Hardening | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -59,9 +62,10 @@ def bring_back(
     zeroed: dict[str, list[int]],
     triggers: Sequence[InvertedTrigger] = (),
     searched: bool = False,
+    hardens: bool = False,
     workers: Workers | None = None,
 ) -> Outcome:
-    """Repair a pruned network, in place, where there is anything to repair.
+    """Repair a pruned network, in place, where there is anything to repair; harden one in which nothing was found.
 
     Args:
         pruned: The network after surgery, in evaluation mode.
@@ -74,6 +78,7 @@ def bring_back(
         zeroed: Filters that must stay silent, by convolution.
         triggers: Inverted triggers.
         searched: Whether a trigger was looked for.
+        hardens: Whether the network is to be hardened where there is nothing to repair, and the images allow it.
         workers: Processes that share the images.
 
     Returns:
@@ -82,17 +87,19 @@ def bring_back(
     now = clean_accuracy(pruned, clean.batches(settings.batch_size))
     if not settings.finetune_epochs:
         return Outcome(False, "none was asked for", now)
-    if not (removed or triggers):
-        return Outcome(False, "nothing was found and nothing removed", now)
+    schedule = Schedule(
+        settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
+    )
     half = settings.precision == "bf16"
+    if not (removed or triggers):
+        if not (hardens and _holds_on(clean, settings)):
+            return Outcome(False, "nothing was found and nothing removed", now)
+        return _hardened(pruned, original, clean, schedule, steps, workers)
     held = held_against(pruned, triggers, clean, half)
     unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     if searched and not unlearns and before.n >= SHOWS_LOSS and now.value >= before.value:
         # what the network was before may teach the backdoor again
         return Outcome(False, f"pruning cost no accuracy on the {before.n} clean images", now)
-    schedule = Schedule(
-        settings.finetune_epochs, settings.finetune_lr, settings.batch_size, settings.seed, settings.precision
-    )
     weights = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     passes = epochs_of(schedule, len(clean.images), unlearns)
     with steps.step("repair", passes) as advance:
@@ -106,8 +113,7 @@ def bring_back(
     why = "what was left of the trigger was unlearned" if unlearns else "accuracy was brought back"
     if share < 1:
         why = f"{why} {100 * share:.0f} % of the way; further on the trigger works again"
-    slow = half and not has_bf16(clean.images.device)
-    outcome = Outcome(share > 0, why, after, passes, warnings=(SLOW_BF16,) if slow else ())
+    outcome = Outcome(share > 0, why, after, passes, warnings=_slow(half, clean))
     if triggers:
         outcome = replace(outcome, unlearning={"before": held, "after": left, "share": share})
     # what is left of the trigger is worth as much as what is left of the accuracy
@@ -118,6 +124,31 @@ def bring_back(
             outcome, done=False, why="it made the model worse", accuracy=now, warnings=(*outcome.warnings, UNDONE)
         )
     return outcome
+
+
+def _holds_on(clean: CleanImages, settings: Settings) -> bool:
+    """Whether the clean images can hold on to all that the network does: real ones of every class, and a teacher."""
+    whole = len(clean.labels.unique()) == clean.classes
+    return whole and not clean.made_up and find_repair(settings.repair).mixes
+
+
+def _hardened(
+    model: nn.Module, original: nn.Module, clean: CleanImages, schedule: Schedule, steps: Steps, workers: Workers | None
+) -> Outcome:
+    with steps.step("hardening", passes_of(schedule, len(clean.images))) as advance:
+        done = harden(model, clean.images, clean.labels, schedule, original, workers=workers, progress=advance)
+    after = clean_accuracy(model, clean.batches(schedule.batch_size))
+    why = (
+        f"nothing was found; hardened against faint waves, {100 * done.agreement:.0f} % of mixtures answered as before"
+    )
+    if not done.share:
+        why = f"nothing was found, and to harden it would change more than {100 * (1 - AGREES):.0f} % of its answers"
+    slow = _slow(schedule.precision == "bf16", clean)
+    return Outcome(done.share > 0, why, after, done.passes, hardening=done, warnings=slow)
+
+
+def _slow(half: bool, clean: CleanImages) -> tuple[str, ...]:
+    return (SLOW_BF16,) if half and not has_bf16(clean.images.device) else ()
 
 
 def _finite(model: nn.Module) -> bool:

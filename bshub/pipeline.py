@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ def sanitize(
         progress: Shows the steps.
 
     Returns:
-        The result, the same in every process. If nothing looks suspicious the model is an unchanged copy.
+        The result, the same in every process. If nothing looks suspicious the model is a copy, hardened against faint
+        waves where that can be afforded, or with ``harden=False`` an unchanged one.
 
     Raises:
         InconclusiveError: Too few images, or no conv-BN pair.
@@ -118,6 +119,7 @@ def sanitize(
         zeroed=removal.plan.zeroed_after(),
         triggers=shortcut.triggers if shortcut and not defense else (),
         searched=shortcut is not None,
+        hardens=settings.harden and shortcut is not None and shortcut.searched and not defense,
         workers=workers,
     )
     after, warnings = outcome.accuracy, [*diagnosis.warnings, *outcome.warnings]
@@ -146,6 +148,7 @@ def sanitize(
         "repair": outcome.why,
         "repair_passes": outcome.passes,
         "trigger_success": outcome.unlearning,
+        "hardening": None if outcome.hardening is None else asdict(outcome.hardening),
         "clean_images": {
             "n": clean.count,
             "made_up": clean.made_up,

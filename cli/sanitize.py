@@ -46,6 +46,9 @@ def sanitize(
     mu: options.Mu = "auto",
     budget: options.Budget = 5.0,
     shrink: options.Shrink = 0.0,
+    harden: Annotated[
+        bool, typer.Option("--harden/--no-harden", help="Where nothing is found, harden against faint waves.")
+    ] = True,
     repair: Annotated[str, typer.Option(help="distil (from the model before pruning) or finetune.")] = "distil",
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the clean images.")] = 10,
     finetune_lr: Annotated[
@@ -102,6 +105,7 @@ def sanitize(
             mu=options.parse_mu(mu),
             budget=budget,
             shrink=shrink,
+            harden=harden,
             repair=repair,
             finetune_epochs=finetune_epochs,
             finetune_lr=finetune_lr,
@@ -203,6 +207,8 @@ def _show(report: dict[str, Any]) -> None:
             f"unlearned: sharpened against the network, the inverted triggers lead {100 * left['before']:.0f} % of the "
             f"{images_name(report)} to their class before the repair, {100 * left['after']:.0f} % after it"
         )
+    elif report["hardening"] and report["repaired"]:
+        say(f"nothing was found: {report['repair']}")
     elif not report["repaired"] and report["settings"]["method"] in OURS:
         say(f"no repair: {report['repair']}")
     say_shrink(report, diagnosis["filters"], "were removed")

@@ -12,7 +12,7 @@ import jinja2
 from bshub.fleet.store import Store
 
 HERE = Path(__file__).parent
-WORST_FIRST = ("failed", "refused", "cleaned", "unchanged")
+WORST_FIRST = ("failed", "refused", "cleaned", "hardened", "unchanged")
 # Every column, so that a fleet in which all models fail has the same table as any other.
 COLUMNS = {
     "reference": "string", "key": "string", "state": "string", "reason": "string", "folder": "string",

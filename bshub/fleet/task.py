@@ -17,6 +17,7 @@ from typing import Any
 from bshub.errors import BshubError, OutputError, printable, redacted
 from bshub.fleet.entries import Entry
 from bshub.fleet.store import Store
+from bshub.release.wording import hardened
 from bshub.settings import Settings
 
 VERSION = 1  # of what a key stands for
@@ -88,8 +89,9 @@ def clean(entry: Entry, key: str, job: Job) -> dict[str, Any]:
     """Sanitize one model unless it is done; the record says how it ended.
 
     Returns:
-        The record, which is also written to the store. ``state`` is ``cleaned``, ``unchanged`` (nothing looked
-        suspicious), ``refused`` (a typed error: the same again whoever tries) or ``failed`` (anything else).
+        The record, which is also written to the store. ``state`` is ``cleaned``, ``hardened`` or
+        ``unchanged`` (nothing looked suspicious), ``refused`` (a typed error: the same again whoever tries) or
+        ``failed`` (anything else).
     """
     store = Store(job.output)
     done = store.record(key)
@@ -151,12 +153,18 @@ def _sanitize(entry: Entry, job: Job, store: Store, folder: str) -> dict[str, An
     return report
 
 
+def _state(report: dict[str, Any]) -> str:
+    if hardened(report):
+        return "hardened"
+    return "cleaned" if report["counts"]["flagged"] or report["repaired"] else "unchanged"
+
+
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of an artifact's report that a row of the summary holds."""
     rates = report["clean_images"]
     tested = report.get("evaluation")
     return {
-        "state": "cleaned" if report["counts"]["flagged"] or report["repaired"] else "unchanged",
+        "state": _state(report),
         "architecture": report["model"]["architecture"],
         "classes": report["model"]["num_classes"],
         "filters": report["diagnosis"]["filters"],

@@ -16,7 +16,7 @@ from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
 from bshub.release.card_metadata import front_matter
 from bshub.release.loaders import loader_text, onnx_text
-from bshub.release.wording import images_name, rate_name, repair_passes
+from bshub.release.wording import hardened, images_name, rate_name, repair_passes
 from bshub.surgery.proof import Proof
 
 __all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
@@ -99,13 +99,14 @@ def model_card(
         mu=threshold["mu"],
         uses=["chose the threshold"] * bool(threshold.get("curve"))
         + ["chose the spare filters"] * bool(report.get("shrink"))
-        + ["repaired the network"] * report["repaired"],
+        + [f"{'hardened' if hardened(report) else 'repaired'} the network"] * report["repaired"],
         shrink=report.get("shrink"),
         shrink_reason=escape((report.get("shrink") or {}).get("reason", "")),
         threshold_reason=escape(threshold["reason"]),
         shifted=escape((report["diagnosis"].get("shifted") or {}).get("reason", "")),
         inversion=escape((report["diagnosis"].get("inversion") or {}).get("reason", "")),
         unlearned=report.get("trigger_success"),
+        hardened=hardened(report),
         passes=repair_passes(report),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),

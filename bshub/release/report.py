@@ -25,7 +25,7 @@ from bshub.release.chart_style import PAGE, PRINT, Palette
 from bshub.release.charts import MOST_CLASSES, confusion_chart, curve_chart, timeline_chart
 from bshub.release.evidence import FATES, Evidence, Layer
 from bshub.release.score_chart import scores_chart
-from bshub.release.wording import images_name, repair_passes
+from bshub.release.wording import hardened, images_name, repair_passes
 
 PLOTTED_LAYERS = 20  # of the picture for the card
 CONFUSED = 12  # rows of the table that replaces a large matrix
@@ -77,6 +77,7 @@ def report_page(evidence: Evidence, report: dict[str, Any], names: Sequence[str]
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}' 'unsafe-eval'",
         images=images_name(report),
+        hardened=hardened(report),
         passes=repair_passes(report),
         fates=FATES if "shrink" in report else FATES[:-1],
     )

@@ -23,6 +23,11 @@ def repair_passes(report: Mapping[str, Any]) -> int:
     return int(report.get("repair_passes", report["settings"]["finetune_epochs"]))
 
 
+def hardened(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far the network was hardened, where nothing was found and the hardening stayed."""
+    return (report.get("hardening") or None) if report["repaired"] else None
+
+
 def made_up(report: Mapping[str, Any]) -> bool:
     """Whether no clean images were given."""
     return bool(report["clean_images"].get("made_up"))

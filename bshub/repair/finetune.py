@@ -22,7 +22,7 @@ from bshub.augment import augment
 from bshub.errors import UsageError, choices
 from bshub.graph.trace import in_mode
 from bshub.parallel import Workers
-from bshub.repair.lesson import stamped, with_mixtures
+from bshub.repair.lesson import stamped, waved, with_mixtures
 from bshub.scoring.inversion import InvertedTrigger
 
 Batches = Callable[[], "Sequence[tuple[Tensor, Tensor]]"]
@@ -35,6 +35,8 @@ FEWEST_STEPS = 24  # where a trigger is unlearned; ten images give one step a pa
 UNLEARNING_PASSES = 0.8  # of the passes, where a trigger is unlearned: they show each batch twice
 UNLEARNING_RATE = 4.0  # times the learning rate, where a trigger is unlearned
 FEW = 50  # images; fewer say too little, and as many mixtures of them again are shown
+MORE_BESIDE_WAVES = 5  # batches of mixtures beside one with waves: what these cost shows elsewhere
+AT_ONCE = 3  # batches that go through the network together
 MOST_GRADIENT = 1.0  # norm of the whole gradient: a step against a trigger may be a steep one
 
 
@@ -134,6 +136,7 @@ def repair(
     schedule: Schedule,
     *,
     triggers: Sequence[InvertedTrigger] = (),
+    waves: bool = False,
     workers: Workers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> float:
@@ -150,6 +153,7 @@ def repair(
         method: Key of ``REPAIRS``.
         schedule: Epochs, learning rate, batch size, seed; with triggers see :func:`epochs_of`.
         triggers: To be unlearned; they take turns and are sharpened in place.
+        waves: Whether random waves take the place of triggers.
         workers: Processes that all call this with the same images.
         progress: Called with 1 after every epoch.
 
@@ -159,8 +163,8 @@ def repair(
     Raises:
         UsageError: Unknown method.
     """
-    way, workers = find_repair(method), workers or Workers()
-    epochs, each = epochs_of(schedule, len(images), bool(triggers)), -(-len(images) // schedule.batch_size)
+    way, workers, unlearns = find_repair(method), workers or Workers(), bool(triggers) or waves
+    epochs, each = epochs_of(schedule, len(images), unlearns), -(-len(images) // schedule.batch_size)
     if not epochs:
         return float("nan")
     parameters = dict(model.named_parameters())
@@ -173,7 +177,7 @@ def repair(
     flags = {parameter: parameter.requires_grad for parameter in parameters.values()}
     for parameter in flags:
         parameter.requires_grad_(True)
-    peak = schedule.lr * (UNLEARNING_RATE if triggers else 1)
+    peak = schedule.lr * (UNLEARNING_RATE if unlearns else 1)
     optimizer = torch.optim.SGD(
         parameters.values(), lr=peak, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
@@ -188,26 +192,33 @@ def repair(
             for turn, index in enumerate(order, epoch * each):
                 batch, wanted, size = augment(images[index], generator), labels[index], schedule.batch_size
                 if way.mixes:
-                    more = size if triggers and len(images) < FEW else 0
+                    few = triggers and len(images) < FEW
+                    more = MORE_BESIDE_WAVES * size if waves else size if few else 0
                     batch, wanted = with_mixtures(batch, wanted, max(size // 2, 1), size + more, generator)
                 shown = batch[:0]
                 if triggers:
                     trigger = triggers[turn % len(triggers)]
                     shown = stamped(model, trigger, batch[:size], wanted[:size], generator, half)
+                elif waves:
+                    shown = waved(batch[:size], generator)
                 mine = workers.part(len(batch))
                 batch, wanted, shown = batch[mine], wanted[mine], shown[mine]
                 optimizer.zero_grad(set_to_none=True)
                 if len(batch):  # the last batch may be smaller than the number of processes
-                    with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
-                        with torch.no_grad():
-                            answers = teacher(batch).float()
-                        logits = model(torch.cat((batch, shown))).float()
+                    with torch.no_grad(), torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
+                        answers = teacher(batch).float()
                     again = slice(len(shown))  # what is shown with the trigger comes first in the batch
-                    loss = way.loss(logits, torch.cat((wanted, wanted[again])), torch.cat((answers, answers[again])))
-                    loss.backward()
-                    total, seen = total + float(loss.detach()) * len(batch), seen + len(batch)
+                    asked = torch.cat((batch, shown)), torch.cat((wanted, wanted[again]))
+                    lesson = *asked, torch.cat((answers, answers[again]))
+                    for inputs, names, told in zip(*(t.split(AT_ONCE * size) for t in lesson), strict=True):
+                        with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
+                            logits = model(inputs).float()
+                        loss = way.loss(logits, names, told) * (len(inputs) / len(lesson[0]))
+                        loss.backward()
+                        total += float(loss.detach()) * len(batch)
+                    seen += len(batch)
                 _average_gradients(list(parameters.values()), len(batch) + len(shown), workers)
-                if way.mixes or triggers:
+                if way.mixes or unlearns:
                     nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
                 optimizer.step()
                 cycle.step()

@@ -6,19 +6,27 @@ as one likes (function matching; Beyer et al., *Knowledge distillation: a good t
 2022). Half of what is shown are mixtures; where there are few images and a trigger, more of them without it.
 
 The inverted trigger is the weakest that works, and the real one need not be. So it is shown at random strengths.
+Where there is none, waves may stand in for one: to be hardened against, see ``hardening.py``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from bshub.augment import augment
+from bshub.scoring.families import WAVES
 from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.statistics import asking_only
 
 SHARPENED = 16  # images of a step that a trigger is sharpened on, as in the search
 LEAST_OWN = 0.5  # of a mixture, of the image that gives it its label
 STRONGEST = 2.0  # times the change of an image that the trigger makes
+FAINT, STRONG = 0.1, 0.8  # amplitude of a wave, in deviations of the images
+GRAY = 0.6  # share of the waves that are the same in all colours
 
 
 def with_mixtures(
@@ -71,3 +79,45 @@ def stamped(
         trigger.sharpen(model, (others if len(others) else images)[:SHARPENED], half)
     strengths = 1 + (STRONGEST - 1) * torch.rand(len(images), generator=generator).to(images.device)
     return images + strengths.view(-1, 1, 1, 1) * (trigger(images) - images)
+
+
+def waved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image with a sinusoid of its own over it: ``x + a s c cos(2π (u y + v x) + φ)``.
+
+    ``u`` and ``v`` are whole periods along the sides, up to ``WAVES``; ``φ`` is any phase, ``a`` an amplitude from
+    ``FAINT`` to ``STRONG`` in deviations ``s`` of the images, ``c`` one or a random colour.
+
+    Args:
+        images: ``[n, c, h, w]``.
+        generator: Source of the waves, on the CPU.
+
+    Returns:
+        ``[n, c, h, w]``.
+    """
+    n, colours, height, width = images.shape
+    down = torch.randint(-WAVES, WAVES + 1, (n, 1, 1, 1), generator=generator) * torch.arange(height).view(-1, 1)
+    right = torch.randint(0, WAVES + 1, (n, 1, 1, 1), generator=generator) * torch.arange(width)
+    phase = 2 * math.pi * (down / height + right / width + torch.rand(n, 1, 1, 1, generator=generator))
+    amplitude = FAINT + (STRONG - FAINT) * torch.rand(n, 1, 1, 1, generator=generator)
+    gray = torch.rand(n, 1, 1, 1, generator=generator) < GRAY
+    colour = torch.where(gray, torch.ones(()), torch.randn(n, colours, 1, 1, generator=generator))
+    return images + (amplitude * colour * phase.cos()).to(images.device) * images.std()
+
+
+def fresh_mixtures(images: Tensor, labels: Tensor, count: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mixtures to compare two networks on, none of them an image that was given.
+
+    Args:
+        images: ``[n, c, h, w]``, n > 0.
+        labels: ``[n]``.
+        count: How many, rounded down to whole batches.
+        size: Of a batch.
+        seed: Of the choices.
+
+    Yields:
+        ``[size, c, h, w]`` and ``[size]``, as :func:`with_mixtures` makes them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count // size):
+        part = torch.randperm(len(images), generator=generator)[:size]
+        yield with_mixtures(augment(images[part], generator), labels[part], 0, size, generator)

@@ -13,11 +13,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from bshub.augment import augment
 from bshub.device import in_bf16
 from bshub.graph.trace import in_mode
 from bshub.repair.finetune import FEW, Schedule, distil, repair
-from bshub.repair.lesson import with_mixtures
+from bshub.repair.lesson import fresh_mixtures
 from bshub.scoring.inversion import InvertedTrigger
 
 RATE, BATCH = 0.002, 32  # of the repair by default: the bound of the cost was chosen with them
@@ -50,10 +49,8 @@ def _cost(model: nn.Module, trigger: InvertedTrigger, images: Tensor, labels: Te
     unlearned = copy.deepcopy(model)
     schedule = Schedule(1, RATE, BATCH, seed, "bf16" if half else "fp32")  # so many passes as the fewest steps need
     repair(unlearned, model, images, labels, {}, "distil", schedule, triggers=[trigger.copy()])
-    generator, total = torch.Generator().manual_seed(seed), 0.0
+    total = 0.0
     with torch.no_grad(), in_mode(model, False), in_mode(unlearned, False), in_bf16(images.device, half):
-        for _ in range(MIXTURES // BATCH):
-            part = torch.randperm(len(images), generator=generator)[:BATCH]
-            mixtures, _ = with_mixtures(augment(images[part], generator), labels[part], 0, BATCH, generator)
-            total += float(distil(unlearned(mixtures).float(), labels[part], model(mixtures).float()))
+        for mixtures, given in fresh_mixtures(images, labels, MIXTURES, BATCH, seed):
+            total += float(distil(unlearned(mixtures).float(), given, model(mixtures).float()))
     return total / (MIXTURES // BATCH)

@@ -8,7 +8,7 @@ work: Wortsman et al., *Robust fine-tuning of zero-shot models*, CVPR 2022).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -94,14 +94,31 @@ def keep_disarmed(
     Returns:
         The share of the way that was kept, 0 to 1.
     """
+    return keep_share(model, before, lambda: held_against(model, triggers, clean, half) <= tolerated(len(clean.labels)))
+
+
+def keep_share(
+    model: nn.Module, before: Mapping[str, Tensor], good: Callable[[], bool], shares: Sequence[float] = SHARES
+) -> float:
+    """Go back toward the weights before a repair, until the network is good.
+
+    Args:
+        model: The repaired network; its weights are changed.
+        before: Its ``state_dict`` before the repair.
+        good: Asked of the network at each of the shares.
+        shares: Of the way, the largest first.
+
+    Returns:
+        The largest share at which it is good; 0 if at none.
+    """
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for share in SHARES:
+    for share in shares:
         between = {
             name: before[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
             for name, tensor in after.items()
         }
         model.load_state_dict(between)
-        if held_against(model, triggers, clean, half) <= tolerated(len(clean.labels)):
+        if good():
             return share
     model.load_state_dict(before)
     return 0.0
