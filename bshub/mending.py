@@ -138,11 +138,9 @@ def _hardened(
     with steps.step("hardening", passes_of(schedule, len(clean.images))) as advance:
         done = harden(model, clean.images, clean.labels, schedule, original, workers=workers, progress=advance)
     after = clean_accuracy(model, clean.batches(schedule.batch_size))
-    why = (
-        f"nothing was found; hardened against faint waves, {100 * done.agreement:.0f} % of mixtures answered as before"
-    )
+    why = f"hardened against faint waves; {100 * done.agreement:.0f} % of mixtures are answered as before"
     if not done.share:
-        why = f"nothing was found, and to harden it would change more than {100 * (1 - AGREES):.0f} % of its answers"
+        why = f"nothing was found, and hardening would change more than {100 * (1 - AGREES):.0f} % of the answers"
     slow = _slow(schedule.precision == "bf16", clean)
     return Outcome(done.share > 0, why, after, done.passes, hardening=done, warnings=slow)
 

@@ -228,6 +228,7 @@ def repair(
             if progress:
                 progress(1)
     for parameter, flag in flags.items():
+        parameter.grad = None
         parameter.requires_grad_(flag)
     return total / max(seen, 1)
 
