@@ -49,7 +49,7 @@ class Settings:
         effort: Share of a baseline's published iterations, 1 = as published; ours has none.
         shrink: Largest share of the filters that leave beside the suspicious ones because they are of little use, as
             far as the budget allows; 0 = none. Not for baselines.
-        harden: Whether a network in which nothing was found is made indifferent to faint waves, as far as 95 % of
+        harden: Whether a network in which nothing was found is made indifferent to faint waves, as far as 96 % of
             mixtures of the clean images, which have to show every class, are answered as before.
     """
 

@@ -24,7 +24,7 @@ from bshub.repair.finetune import Schedule, epochs_of, repair
 from bshub.repair.lesson import fresh_mixtures
 from bshub.repair.unlearning import keep_share
 
-AGREES = 0.95  # innocent networks of 78 % lost 0 to 0.3 points there
+AGREES = 0.96  # three innocent networks of 78 to 79 % lost 0.1 to 0.4 points there (n=6000)
 MIXTURES, BATCH = 1024, 32
 SHARES = tuple(tenth / 10 for tenth in range(10, 0, -1))  # of the way
 
