@@ -72,6 +72,24 @@ def test_every_rate_stands_in_the_model_index_with_n_and_interval(text: str, art
     assert found == {}
 
 
+def test_the_card_of_a_hardened_network_says_what_was_done_and_not_that_it_was_repaired(
+    source: LoadedModel, artifact: Artifact
+) -> None:
+    counts = dict.fromkeys(artifact.report["counts"], 0)
+    diagnosis = {**artifact.report["diagnosis"], "flagged": {}}
+    hardening = {"share": 0.7, "agreement": 0.9624, "passes": 6}
+    told = {"counts": counts, "diagnosis": diagnosis, "hardening": hardening, "repair_passes": 6}
+    text = render(source, {**artifact.report, **told, "repaired": True})
+    assert "Nothing stood out on" in text and "the network was hardened" in text and "repair" not in text.lower()
+    assert "The hardening went 6 times over the clean images" in text and "as far as 96 % of mixtures" in text
+    text = render(source, {**artifact.report, **told, "repaired": False})
+    assert "so nothing was\ndone against one" in text and "harden" not in text
+    assert (
+        "pruned" not in ModelCard(text).data.tags and "pruned" in ModelCard(render(source, artifact.report)).data.tags
+    )
+    assert faults(text) == []
+
+
 def test_rates_on_the_images_that_sanitizing_used_are_told_apart(text: str, artifact: Artifact) -> None:
     clean = [result for result in ModelCard(text).data.eval_results if result.dataset_split == "clean"]
     rates = artifact.report["clean_images"]

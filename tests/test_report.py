@@ -285,6 +285,17 @@ def test_a_page_that_cannot_be_drawn_does_not_cost_the_run(tmp_path: Path, monke
     )
 
 
+def test_a_hardened_network_is_called_neither_repaired_nor_unchanged() -> None:
+    counts = dict.fromkeys(("flagged", "removed", "silenced", "followers"), 0)
+    hardening = {"share": 0.7, "agreement": 0.9624, "passes": 6}
+    for done in (True, False):
+        report = a_report(counts=counts, repaired=done, repair_passes=6, hardening=hardening)
+        text = report_page(some_evidence(), report, ["a", "b", "c"], "bshub")
+        assert ("The network was hardened against faint waves, and 96 %" in text) == done
+        assert ("The hardening (distil) went 6 times over" in text) == done
+        assert ("The network is unchanged." in text) != done and "repaired" not in text
+
+
 def test_a_network_that_was_only_repaired_is_not_called_unchanged() -> None:
     counts = dict.fromkeys(("flagged", "removed", "silenced", "followers"), 0)
     report = a_report(counts=counts, repaired=True, repair_passes=17)

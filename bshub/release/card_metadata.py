@@ -55,11 +55,16 @@ def front_matter(source: LoadedModel, name: str, report: dict[str, Any], tags: S
     return ModelCardData(
         library_name=source.origin.architecture.library,
         pipeline_tag="image-classification",
-        tags=["bshub", "backdoor-sanitized", "pruned", *tags],
+        tags=["bshub", "backdoor-sanitized", *["pruned"] * _lost_filters(report), *tags],
         model_name=name if results else None,
         eval_results=results or None,
         **extra,
     ).to_yaml()
+
+
+def _lost_filters(report: dict[str, Any]) -> bool:
+    """Whether any filter left; without a report that is not known to be otherwise."""
+    return not report or any(report["counts"].get(name) for name in ("removed", "spare"))
 
 
 def _results(report: dict[str, Any]) -> list[EvalResult]:
