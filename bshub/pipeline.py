@@ -76,8 +76,8 @@ def sanitize(
         progress: Shows the steps.
 
     Returns:
-        The result, the same in every process. If nothing looks suspicious the model is a copy, hardened against faint
-        waves where that can be afforded, or with ``harden=False`` an unchanged one.
+        The result, the same in every process. If nothing looks suspicious the model is an unchanged copy, or with
+        ``settings.harden`` one that is hardened against faint waves.
 
     Raises:
         InconclusiveError: Too few images, or no conv-BN pair.

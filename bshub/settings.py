@@ -66,7 +66,7 @@ class Settings:
     precision: str = "auto"
     effort: float = 1.0
     shrink: float = 0.0
-    harden: bool = True
+    harden: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be; NaN is never a setting."""

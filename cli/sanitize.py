@@ -47,8 +47,8 @@ def sanitize(
     budget: options.Budget = 5.0,
     shrink: options.Shrink = 0.0,
     harden: Annotated[
-        bool, typer.Option("--harden/--no-harden", help="Where nothing is found, harden against faint waves.")
-    ] = True,
+        bool, typer.Option("--harden", help="Where nothing is found, make the network indifferent to faint waves.")
+    ] = False,
     repair: Annotated[str, typer.Option(help="distil (from the model before pruning) or finetune.")] = "distil",
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Passes over the clean images.")] = 10,
     finetune_lr: Annotated[

@@ -129,22 +129,22 @@ def test_where_hardening_would_change_too_much_the_network_stays_as_it_is(monkey
 
 def test_a_network_in_which_nothing_is_found_is_hardened_and_the_report_says_so() -> None:
     model, images, labels = innocent()
-    result = sanitize(model, [(images, labels)])
+    result = sanitize(model, [(images, labels)], Settings(harden=True))
     report = result.report
     assert not any(result.plan.counts().values()) and report["repaired"] and report["repair_passes"] == 12
     assert report["hardening"]["agreement"] >= AGREES and report["hardening"]["share"] in SHARES
     assert report["repair"].startswith("hardened against faint waves") and "hardening" in report["seconds"]
     assert not same(snapshot(model), snapshot(result.model))
-    again = sanitize(model, [(images, labels)])
+    again = sanitize(model, [(images, labels)], Settings(harden=True))
     assert same(snapshot(result.model), snapshot(again.model)) and again.report["hardening"] == report["hardening"]
 
 
 @pytest.mark.parametrize("told", [
-    {"harden": False}, {"repair": "finetune"}, {"finetune_epochs": 0}, {"score": "lipschitz", "mu": 50.0},
+    {"harden": Settings().harden}, {"repair": "finetune"}, {"finetune_epochs": 0}, {"score": "lipschitz", "mu": 50.0},
 ])  # fmt: skip
-def test_nobody_is_hardened_who_asks_for_something_else(told: dict[str, Any]) -> None:
+def test_nobody_is_hardened_who_does_not_ask_or_asks_for_something_else(told: dict[str, Any]) -> None:
     model, images, labels = innocent()
-    result = sanitize(model, [(images, labels)], Settings(**told))
+    result = sanitize(model, [(images, labels)], Settings(**{"harden": True, **told}))
     assert not result.report["repaired"] and result.report["hardening"] is None
     assert same(snapshot(model), snapshot(result.model))
 
@@ -153,7 +153,7 @@ def test_images_that_do_not_show_every_class_or_are_made_up_harden_nothing() -> 
     model, images, labels = innocent()
     some = labels != int(labels[0])
     for shown in ([(images[some], labels[some])], StandIns((3, 16, 16), count=32)):
-        result = sanitize(model, shown)
+        result = sanitize(model, shown, Settings(harden=True))
         assert not result.plan.flagged and result.report["hardening"] is None
         assert same(snapshot(model), snapshot(result.model))
 

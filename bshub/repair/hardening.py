@@ -1,12 +1,13 @@
-"""Where nothing was found: make the network indifferent to faint waves, as far as that costs nothing that can be seen.
+"""Where nothing was found, and it is asked for: make the network indifferent to faint waves.
 
 A backdoor that one training image of a hundred taught may take hold only in part. Then no search tells its target from
 the class that a wave reaches most easily in any network, and batch norm hardly remembers it. But such a backdoor is
 shallow, too: a few steps in which random waves over the clean images are to change nothing take half of it or more.
 
-An innocent network would pay for that, most of all where clean images do not show it. So as many mixtures of them are
-held against it as one likes (``lesson.py``), five times as many as there are waves, and of the way as much is kept as
-leaves ``AGREES`` of fresh mixtures answered as before.
+An innocent network pays for that, most of all where clean images do not show it. So as many mixtures of them are held
+against it as one likes (``lesson.py``), five times as many as there are waves, and of the way as much is kept as leaves
+``AGREES`` of fresh mixtures answered as before. What it costs all the same is seen neither on the clean images nor on
+the mixtures: a few tenths of a point in one kind of network, one and a half in another. So nobody is hardened unasked.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bshub.repair.finetune import Schedule, epochs_of, repair
 from bshub.repair.lesson import fresh_mixtures
 from bshub.repair.unlearning import keep_share
 
-AGREES = 0.96  # three innocent networks of 78 to 79 % lost 0.1 to 0.4 points there (n=6000)
+AGREES = 0.96  # three innocent networks for photographs, right on 78 % of them, lost 0.1 to 0.4 points there (n=6000)
 MIXTURES, BATCH = 1024, 32
 SHARES = tuple(tenth / 10 for tenth in range(10, 0, -1))  # of the way
 

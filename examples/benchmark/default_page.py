@@ -158,11 +158,11 @@ def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
 
 
 def false_alarms(found: Sequence[Group]) -> list[str]:
-    """How often the default touched an innocent network, over draws and numbers of images."""
+    """How often the default found something in an innocent network, over draws and numbers of images."""
     rows = [r for g in found if g.method == "bshub" for r in g.rows if not r["before"].get("asr")]
     if not rows:
         return ["Not measured on an innocent network yet."]
-    touched = sum(bool(row["notes"]["counts"]["flagged"] or row["notes"]["repaired"]) for row in rows)
+    touched = sum(_something_found(row["notes"]) for row in rows)
     names = sorted({row["cell"]["model"] for row in rows})
     draws = sorted({row["cell"]["seed"] for row in rows})
     counts = sorted({row["cell"]["per_class"] for row in rows})
@@ -171,6 +171,11 @@ def false_alarms(found: Sequence[Group]) -> list[str]:
         f"{', '.join(map(str, draws))}; {', '.join(str(count or 'no') for count in counts)} images per class)."
     )
     return textwrap.wrap(text, 116)
+
+
+def _something_found(notes: dict[str, Any]) -> bool:
+    """Whether filters were flagged or a trigger unlearned; a network in which nothing is found is hardened."""
+    return bool(notes["counts"]["flagged"] or (notes["repaired"] and "hardening" not in notes["seconds"]))
 
 
 def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
