@@ -65,7 +65,7 @@ def test_without_rows_the_page_says_so(tmp_path: Path) -> None:
     from results_page import page
 
     text = page([], [], EXPERIMENTS, tmp_path / "results.md")
-    assert text.count("Not measured yet.") == 10
+    assert text.count("Not measured yet.") == 11
 
 
 def test_the_performance_page_is_that_of_its_rows() -> None:
@@ -214,3 +214,32 @@ def test_methods_are_compared_on_the_models_they_share() -> None:
     assert fewer.startswith("2 backdoored models (a, b)")
     assert "| x | 6.0 | 8.0 | 2.0 | 2.0 |" in fewer
     assert "| z |" not in fewer.partition("### Every model")[0]
+
+
+def test_hardening_is_no_false_alarm_and_stands_beside_the_default_as_a_row_of_its_own() -> None:
+    from default_page import _bars, false_alarms
+    from hardening_page import HARDENED, hardening_table
+
+    def group(model: str, method: str, asr: tuple[float, float] | None, lost: float, done: bool = False) -> Group:
+        def rates(accuracy: float, asr: float | None) -> dict[str, Any]:
+            return {"accuracy": {"percent": accuracy}} | ({"asr": {"percent": asr}} if asr is not None else {})
+
+        cell = {"model": model, "seed": 0, "per_class": 10}
+        notes = {"counts": {"flagged": 0}, "repaired": done, "seconds": {"hardening": 1.0} if done else {}}
+        before, after = rates(80.0, asr and asr[0]), rates(80.0 - lost, asr and asr[1])
+        row = {"cell": cell, "before": before, "after": after, "notes": notes, "der": 0.5, "seconds": 1.0}
+        return Group(model, method, 10, 0.1, ({**row, "ratio": 1.0, "megabytes": 1.0},), ())
+
+    default = [
+        group("sig-1", "bshub", (40, 40), 0),
+        group("badnets-10", "bshub", (100, 2), 1),
+        group("clean", "bshub", None, 0),
+    ]
+    hardened = [group("sig-1", HARDENED, (40, 20), 0.5, True), group("clean", HARDENED, None, 0.25, True)]
+    table = "\n".join(_bars([*default, *hardened], (10,)))
+    assert "| all attacked | 2 | 70.0 | 21.0 | 40.0 | 0.5 | 0.0 |" in table
+    assert "| *--harden* | 2 | 70.0 | 11.0 | 20.0 | 0.8 | 0.2 |" in table
+    assert "*--harden*" not in "\n".join(_bars(default, (10,)))
+    assert "| sig-1 | 10 | 1 | 1 | 40.0 → 20.0 | 80.0 → 79.5 | 0.5 |" in hardening_table(hardened)
+    alarms = [Group(g.model, "bshub", 10, 0.1, g.rows, ()) for g in hardened]
+    assert "found something in 0 of 1 runs" in " ".join(false_alarms(alarms))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from detail_page import detail_table
+from hardening_page import HARDENED
 
 from bshub.benchmark.page import DASH, number
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
@@ -35,14 +37,9 @@ TAUGHT = (
         "leaves no room for two backdoors that stay."
     ),
     (
-        "What would move them is to harden a network in which nothing stands out: waves laid over the clean images and "
-        "their mixtures, to be answered as the original answers these (ASR and ACC on 2,000 other test images). As the "
-        "repair is now, 24 steps with ten images per class leave sig-1 6.8 % of 38 for 1.7 points of ACC, and cost an "
-        "innocent network 1.2; with weaker waves and three times the mixtures sig-1 21 % for 0.3, the unlisted "
-        "sinusoid 37 of 48 for 0.4, an innocent one nothing; with one image per class sig-1 14.5 and the other 11.9 % "
-        "for 1.1 and 1.3. blended-1 gains nothing (17.6 of 15.4); slow noise and mixtures left it 12 % for 0.6, and to "
-        "unlearn inverted triggers of all classes 12.4 for 2.2. It is not done: a network in which nothing was found "
-        "stays as it is, to the last bit, and most that are downloaded are of that kind."
+        "What moves sig-1 is to harden a network in which nothing stands out (`--harden`, section 11). It is no "
+        "default: what it costs an innocent network is not seen on clean images. blended-1 gains nothing by it; slow "
+        "noise and mixtures left it 12 % for 0.6 points, and to unlearn inverted triggers of all classes 12.4 for 2.2."
     ),
     (
         "With one image per class the figures are means over four draws of them, and one draw tells little. There a "
@@ -101,9 +98,11 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         f"others whose attack reached {TOOK:g} % before; at quarter width and six epochs most at 1 % poison did not. "
         "*adaptive*: trained against the score of the weights, before the attack knew the default's (one against these "
         "stands in section 9). "
-        "*none*: no image at all, 256 made-up ones stand in."
+        "*none*: no image at all, 256 made-up ones stand in. *--harden*: all attacked and the innocent, with networks "
+        "in which nothing is found hardened, which is no default (section 11)."
     )
     table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *false_alarms(found)]
+    found = [g for g in found if g.method != HARDENED]
     for paragraph in TAUGHT:
         table += ["", *textwrap.wrap(paragraph, 116)]
     table += ["", "### One part left out at a time", ""]
@@ -147,6 +146,7 @@ def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
 def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
     head = "images per class", "models", "n", "mean ASR before", "mean ASR", "worst ASR", "ACC lost", "clean model"
     table = [f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
+    hardened = {(g.model, g.per_class): replace(g, method="bshub") for g in found if g.method == HARDENED and g.rows}
     for count in counts:
         mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
         if not mine:
@@ -154,6 +154,9 @@ def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
         table.append(f"| {count or 'none'} | **bar** | 12 | – | {' | '.join(BARS[count])} | – | – |")
         for name, models in _sets(mine).items():
             table.append(_row(count, name, mine, models))
+            swapped = [hardened.get((g.model, g.per_class), g) for g in mine]
+            if name == "all attacked" and swapped != mine:
+                table.append(_row(count, "*--harden*", swapped, models))
     return table
 
 

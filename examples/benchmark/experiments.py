@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from demo import as_victim
+from hardening_page import HARDENED
 from results_page import page
 from shorten import SHORT, as_short_victim
 from zoo import DATA
@@ -83,8 +84,9 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "bshub paper clp", (10,)),
     "7": Experiment((*ATTACKED, "adaptive-10", "clean"), f"bshub {LEFT_OUT}", (10, 1, 0)),
     "8": Experiment((*(f"px64-{name}" for name in ATTACKED), "px64-clean"), "bshub clp bnp ft nad", (10, 1, 0)),
-    "9": Experiment(DIGITS, "bshub paper clp bnp ft nad", (10, 1), DATA["digits"][0]),
+    "9": Experiment(DIGITS, f"bshub paper clp bnp ft nad {HARDENED}", (10, 1), DATA["digits"][0]),
     "10": Experiment(("badnets-10", "badnets-white-10", "demo", SHORT), AS_PUBLISHED, (250,), effort=1.0),
+    "11": Experiment(("sig-1", "blended-1", "wanet-1", "input-aware-1", "clean"), HARDENED, (10, 1)),
 }  # fmt: skip
 
 

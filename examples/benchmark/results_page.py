@@ -12,6 +12,7 @@ from typing import Any
 from counts_page import counts_table
 from default_page import CHOSEN_ON, default_tables, false_alarms, held_out_tables
 from detail_page import detail_table
+from hardening_page import HARDENED, hardening_table, hardening_tables
 from methods_page import methods_table
 from published_page import published_table
 
@@ -31,6 +32,7 @@ TITLES = {
     "8": "8. Other models, and no image at all",
     "9": "9. Another data set: scikit-learn's digits",
     "10": "10. The baselines as they were published",
+    "11": "11. Hardening networks in which nothing is found",
 }
 
 MOST_BELOW = 2.0  # points of ACC
@@ -56,7 +58,7 @@ WHY_NOT = {  # models → why their attack stays below its paper
     "px64-sig-10": "px64-sig-10: six periods on 64 pixels are half as steep, and the stem halves the image twice.",
     "digits-wanet-10": "digits-wanet-10: 8 × 8 pixels, enlarged, hold no detail that such a warp could bend.",
 }
-OLD_SECTIONS = ("5", "8", "9")  # whose models were not trained again since
+OLD_SECTIONS = ("5", "8")  # whose models were not trained again since
 OLDER = ("adaptive-10", "badnets-0.3", "badnets-white-10")  # nor these
 AGAIN = ("blended-1", "blended-10", "clean", "sig-1")  # came out of a second training bit for bit
 HIDING = "digits-adaptive-10"
@@ -68,11 +70,12 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     found = groups(rows)
     by_number: dict[str, Callable[[list[Group], Any], list[str]]] = {
         "1": detail_table, "2": _mu, "3": methods_table, "4": counts_table, "5": _architectures, "7": default_tables,
-        "8": held_out_tables, "9": _digits, "10": published_table,
+        "8": held_out_tables, "9": _digits, "10": published_table, "11": hardening_tables,
     }  # fmt: skip
     folder = out.with_suffix("")
     shown = {model for key in ("2", "3", "4") for model in experiments[key].models}
     alike = [row for row in rows if row["cell"]["model"] in shown and row["cell"]["per_class"] <= MOST_IMAGES]
+    alike = [row for row in alike if row["cell"]["method"] != HARDENED]
     pictures = dict(draw_plots(alike, folder)) if alike else {}
     parts = [*_head(rows, found), *_models(found)]
     for key in TITLES:
@@ -84,6 +87,8 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
         mine = [g for g in found if g.model in wanted.models and g.method in methods]
         mine = [g for g in mine if g.per_class in wanted.per_class or on_weights(g.method)]
         measured = {g.model for g in mine}
+        if key == "7":  # where nothing is found it is shown what hardening would change; elsewhere it changes nothing
+            mine += [g for g in found if g.method == HARDENED and g.model in wanted.models]
         parts += ["", f"## {TITLES[key]}", ""]
         parts += write(mine, wanted) if mine else ["Not measured yet."]
         missing = [model for model in wanted.models if model not in measured]
@@ -230,7 +235,10 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
             "tenth of the usual weight; at the full one the network learned neither task): the default leaves "
             f"{left.get(10, DASH)} % with ten images per class and {left.get(1, DASH)} with one."
         )
-    return [*textwrap.wrap(text, 116), "", *false_alarms(found), "", *detail_table(found, wanted)]
+    hardened = [g for g in found if g.method == HARDENED]
+    lines = [*textwrap.wrap(text, 116), "", *false_alarms(found), ""]
+    lines += detail_table([g for g in found if g.method != HARDENED], wanted)
+    return [*lines, "", "Hardened (`--harden`, see section 11):", "", *hardening_table(hardened)] if hardened else lines
 
 
 def _evidence(evidence: Sequence[Row]) -> list[str]:
