@@ -7,7 +7,7 @@ shallow, too: a few steps in which random waves over the clean images are to cha
 An innocent network pays for that, most of all where clean images do not show it. So as many mixtures of them are held
 against it as one likes (``lesson.py``), five times as many as there are waves, and of the way as much is kept as leaves
 ``AGREES`` of fresh mixtures answered as before. What it costs all the same is seen neither on the clean images nor on
-the mixtures: a few tenths of a point in one kind of network, one and a half in another. So nobody is hardened unasked.
+the mixtures: a few tenths of a point in one kind of network, up to two and a half in another. Hence it is asked for.
 """
 
 from __future__ import annotations

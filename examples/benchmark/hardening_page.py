@@ -18,10 +18,11 @@ TAUGHT = (
     ),
     (
         "**The price is seen neither on the clean images nor on mixtures of them.** The innocent network for "
-        "photographs pays a few tenths of a point, those for digits 0.6 to 2.5 (section 9). As a default it would meet "
-        "the bar of 25 with one image per class and keep those for an innocent network here, and break these there. "
-        "An estimate of the loss by the original's own probabilities does not tell the two apart: where it comes to "
-        "0.2 points, photographs lose 0.1 and digits 1.4."
+        "photographs pays a few tenths of a point; of three for digits one gains up to 1.4 and one loses up to 2.5 "
+        "(section 9). As a default it would meet the bar of 25 with one image per class, and the mean of the innocent "
+        "networks would stay within theirs; but who loses two points cannot see it, and most networks that are given "
+        "are innocent. An estimate of the loss by the original's own probabilities is no guard: where it comes to 0.2 "
+        "points, photographs lose 0.1 and two networks for digits 1.4."
     ),
     (
         "That waves are shown follows from the row of sig-1. How strong they are (0.1 to 0.8 deviations), how many "
