@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bshub.graph.coupling import follow_channels
 from bshub.graph.pairs import Pairing, find_pairs
 from bshub.pipeline import scan
-from bshub.scoring.recall import AGREE, SHARE, SHRUNK, TINY, Memory, Share, _Whitening, recall
+from bshub.scoring.recall import AGREE, SHARE, SHRUNK, TINY, Memory, Share, _carried, _Whitening, recall
 from bshub.scoring.shortcut import GAP, Shortcut
 from bshub.settings import Settings
 
@@ -109,6 +109,64 @@ def test_a_change_that_nobody_saw_has_no_share() -> None:
     other = 0.8 * torch.sin(2 * torch.pi * 5 * torch.arange(SIZE) / SIZE).view(-1, 1)
     assert not Memory(model, pairs_of(model), images).share(lambda x: x + other, images).carried(40)
     assert Memory(model, pairs_of(model), images).share(lambda x: x, images) == Share(0.0, 0.0, 0.0)  # nothing moves
+
+
+class Carried:
+    """The wave that was trained on."""
+
+    target = TARGET
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return stamped(images)
+
+
+class Alike:
+    """Most of that wave, and another over it: what a search toward another class may come to."""
+
+    target = TARGET - 1
+
+    def __call__(self, images: Tensor) -> Tensor:
+        other = 0.6 * torch.sin(2 * torch.pi * 5 * torch.arange(SIZE) / SIZE).view(-1, 1)
+        return images + 0.7 * STRONG * wave() + other
+
+
+def test_what_one_change_explains_is_no_evidence_for_another_that_hardly_has_any() -> None:
+    model = remembering(Little(), 0.1)
+    images, labels = pictures(60, seed=2), torch.arange(60) % CLASSES
+    memory = Memory(model, pairs_of(model), images)
+    true, alike = (memory.moved(change, images) for change in (Carried(), Alike()))
+    assert all(memory.shares([moved])[0].carried(memory.count) for moved in (true, alike))
+    found, other = memory.shares([true, alike])
+    assert found.median == pytest.approx(0.1, abs=0.02) and abs(other.median) < 0.01
+    for order in ([Carried(), Alike()], [Alike(), Carried()]):
+        kept = _carried(memory, [(change, 0.3) for change in order], images, labels)
+        assert [trigger.target for trigger, _, _ in kept] == [TARGET]
+    (alone,) = _carried(memory, [(Alike(), 0.3)], images, labels)
+    assert alone[0].target == Alike.target
+
+
+def test_a_change_that_stands_clearly_by_itself_is_kept_whatever_others_explain() -> None:
+    model = remembering(Little(), 0.2)
+    images = pictures(40, seed=2)
+    memory = Memory(model, pairs_of(model), images)
+    kept = _carried(memory, [(Carried(), 0.3), (Carried(), 0.3)], images, torch.zeros(40).long())
+    assert [share.median for _, _, share in kept] == pytest.approx([0.2, 0.2], abs=0.03)
+
+
+@hypothesis_settings(deadline=None, max_examples=10)
+@given(share=st.floats(0, 0.3), mixed=st.floats(-1, 1))
+def test_shares_beside_each_other_are_those_of_one_least_squares_fit(share: float, mixed: float) -> None:
+    """``a`` and ``m a + b`` say what ``a`` and ``b`` say; over two layers the median is linear."""
+    model = remembering(Little(), share)
+    images = pictures(30, seed=5)
+    memory = Memory(model, pairs_of(model), images)
+    one, other = (memory.moved(change, images) for change in (Carried(), Alike()))
+    first, second = memory.shares([one, other])
+    third, fourth = memory.shares([one, {name: mixed * one[name] + other[name] for name in one}])
+    assert fourth.median == pytest.approx(second.median, abs=1e-5)
+    assert third.median + mixed * fourth.median == pytest.approx(first.median, abs=1e-5)
+    assert [found.median for found in memory.shares([other, one])] == pytest.approx([second.median, first.median])
+    assert memory.share(Carried(), images) == memory.shares([one])[0]
 
 
 @hypothesis_settings(deadline=None, max_examples=25)

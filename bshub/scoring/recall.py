@@ -8,7 +8,8 @@ clean images by ``p`` times what the change does, and by what drawing few images
 with ``m`` the first two moments of each filter's map, image by image, and ``Σ`` their covariance over the ``n`` clean
 images, shrunk to be invertible. Generalised least squares gives ``p = dᵀΣ⁻¹Δ / dᵀΣ⁻¹d`` of each layer: directions in
 which images differ anyway count little, and that is what makes ten images enough. What fools one layer by chance does
-not fool all: three of four have to agree.
+not fool all: three of four have to agree. A change that hardly comes to a share is asked again beside the others that
+do, with a column of ``d`` for each: what they explain is no evidence for it.
 
 The question is put to waves. A sinusoid over the image leads innocent networks to some class too, at twice to five
 times the amplitude for the next one, so that no gap decides (``shortcut.py``); whether it was trained on does.
@@ -16,7 +17,7 @@ times the amplitude for the next one, so that no gap decides (``shortcut.py``); 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from bshub.graph.pairs import ConvBN, Pairing
 from bshub.graph.trace import in_mode
 from bshub.scoring.families import FAMILIES
 from bshub.scoring.feed import Feed
+from bshub.scoring.inversion import InvertedTrigger
 from bshub.scoring.response import Hook, strongest, trigger_response, watching
 from bshub.scoring.shortcut import EXCESS, Shortcut, race, settle
 from bshub.scoring.statistics import asking_only
@@ -39,8 +41,11 @@ SHRUNK = 0.1  # of the mean variance, that is added to each
 SHARE, BY_CHANCE = 0.03, 0.7  # least share, and over the number of images: innocent ones came to 0.06 with ten
 AGREE = 0.4  # of that, which three layers of four have to reach
 ERRORS = 3.0  # standard errors that it has to reach
+HARDLY = 1.5  # times the least share, up to which another change may explain it
+REFUTED = 2.0  # standard errors that it has to stay below the least share then
 WITHIN = 0.92  # of the family's largest strength: one that needs all of it has not arrived
 TINY = 1e-5
+TINY_SHARE = 1e-9  # of a change's length, that is added to it: two changes may be the same
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,13 @@ class Share:
 
     def carried(self, images: int) -> bool:
         """Whether it is more than as many clean images explain by chance."""
-        bound = SHARE + BY_CHANCE / images
+        bound = least_share(images)
         return max(bound, ERRORS * self.error) <= self.median <= 1 and self.low >= AGREE * bound
+
+
+def least_share(images: int) -> float:
+    """The share from which a change was carried; so many clean images explain less by chance."""
+    return SHARE + BY_CHANCE / images
 
 
 class Memory:
@@ -93,20 +103,36 @@ class Memory:
         Returns:
             The estimates.
         """
+        return self.shares([self.moved(trigger, images)])[0]
+
+    def moved(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What a change does to the moments: layer → ``d``, ``[2 filters]``."""
         images = images[:MOST]
         plain, changed = self._moments(images), self._moments(trigger(images))
+        return {name: changed[name].mean(0) - plain[name].mean(0) for name in self._pulls}
+
+    def shares(self, changes: Sequence[Mapping[str, Tensor]]) -> list[Share]:
+        """Of each change, beside the others: ``p = (DᵀΣ⁻¹D)⁻¹ DᵀΣ⁻¹Δ`` with a column of ``D`` for each.
+
+        Args:
+            changes: What each of them moves.
+
+        Returns:
+            The estimates, in the same order.
+        """
         found, errors = [], []
         for name, pull in self._pulls.items():
-            moved = changed[name].mean(0) - plain[name].mean(0)
-            length = moved @ self._whitened[name](moved)
-            if float(length) > 0:
-                found.append((moved @ pull) / length)
-                errors.append((self.count * length) ** -0.5)
+            moved = torch.stack([change[name] for change in changes])
+            lengths = torch.stack([self._whitened[name](row) for row in moved]) @ moved.T
+            if float(lengths.diagonal().min()) > 0:
+                inverse = torch.linalg.inv(lengths + torch.diag(TINY_SHARE * lengths.diagonal()))
+                found.append(inverse @ (moved @ pull))
+                errors.append((inverse.diagonal() / self.count).sqrt())
         if not found:
-            return Share(0.0, 0.0, 0.0)
-        shares = torch.stack(found)
-        low, median = shares.quantile(torch.tensor([0.25, 0.5], dtype=shares.dtype)).tolist()
-        return Share(median, low, float(torch.stack(errors).quantile(0.5)))
+            return [Share(0.0, 0.0, 0.0) for _ in changes]
+        shares, error = torch.stack(found), torch.stack(errors).quantile(0.5, 0).tolist()
+        low, median = shares.quantile(torch.tensor([0.25, 0.5], dtype=shares.dtype), 0).tolist()
+        return [Share(*estimate) for estimate in zip(median, low, error, strict=True)]
 
     def _moments(self, images: Tensor) -> dict[str, Tensor]:
         """First two moments of each paired filter's map, from the running ones in their units: ``[n, 2 filters]``."""
@@ -187,14 +213,38 @@ def recall(
         for family in (name for name, of in FAMILIES.items() if of.recalled):
             finalists = race(feed, family, classes)
             needs[family] = {trigger.target: need for trigger, need in finalists}
-            for trigger, need in finalists:
-                if need > WITHIN * trigger.most:
-                    continue
-                share = memory.share(trigger, images[labels != trigger.target])
-                if share.carried(memory.count):
-                    shares[trigger.target] = share.median
-                    settle(feed, trigger, min(EXCESS * need, trigger.most))
-                    kept.append(trigger)
+            arrived = [(trigger, need) for trigger, need in finalists if need <= WITHIN * trigger.most]
+            for trigger, need, share in _carried(memory, arrived, images, labels):
+                shares[trigger.target] = share.median
+                settle(feed, trigger, min(EXCESS * need, trigger.most))
+                kept.append(trigger)
     shown = images[:MOST], labels[:MOST]
     response = strongest([trigger_response(model, pairing, *shown, trigger) for trigger in kept])
     return replace(shortcut, triggers=(*shortcut.triggers, *kept), needs=needs, shares=shares), response
+
+
+def _carried(
+    memory: Memory, arrived: Sequence[tuple[InvertedTrigger, float]], images: Tensor, labels: Tensor
+) -> list[tuple[InvertedTrigger, float, Share]]:
+    """Those that training images carried, with their shares; not those that hardly did, and beside the others did not.
+
+    A wave toward another class may hold some of the one that was trained on. But one that stands clearly by itself is
+    kept whatever the others say: of ten images two changes that move much the same are hard to tell apart.
+    """
+    left = []
+    for trigger, need in arrived:
+        moved = memory.moved(trigger, images[labels != trigger.target])
+        (share,) = memory.shares([moved])
+        if share.carried(memory.count):
+            left.append((trigger, need, share, moved))
+    least = least_share(memory.count)
+    while True:
+        beside = memory.shares([moved for *_, moved in left]) if left else []
+        explained = [
+            index
+            for index, (now, (_, _, alone, _)) in enumerate(zip(beside, left, strict=True))
+            if alone.median < HARDLY * least and now.median + REFUTED * now.error < least
+        ]
+        if not explained:
+            return [(trigger, need, share) for trigger, need, share, _ in left]
+        del left[min(explained, key=lambda index: beside[index].median)]
