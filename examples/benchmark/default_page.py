@@ -50,7 +50,10 @@ TAUGHT = (
         "label-consistent-1 had kept its backdoor in three draws of four (99.9 %). **That the mixtures are half of a "
         "repair, how strongly a trigger is shown, and that bound were chosen on other test images of the models named "
         "above, after their rows of the default before had been seen**: there badnets-1 lost 28 points of ACC in one "
-        "draw, sig-10 22. What remains is coarse pruning: ten images do not see that it costs ten points. Without "
+        "draw, sig-10 22. So was this: in one draw of sig-10 a wave toward class 6 hardly came to a share of the "
+        "training images beside the target's, and 13 points were lost; it is asked again beside that one since, which "
+        "explains it. Four draws of sig-10 that are not counted leave 0.1, 0 and 0 %, and 95 % where nothing is found "
+        "(too few layers agree on a share). What remains is coarse pruning: ten images do not see that it costs ten points. Without "
         "images nobody can ask batch norm for waves, and a gap that innocent networks stay under hides sig-10 and "
         "wanet-10."
     ),
