@@ -53,7 +53,8 @@ TAUGHT = (
         "draw, sig-10 22. So was this: in one draw of sig-10 a wave toward class 6 hardly came to a share of the "
         "training images beside the target's, and 13 points were lost; it is asked again beside that one since, which "
         "explains it. Four draws of sig-10 that are not counted leave 0.1, 0 and 0 %, and 95 % where nothing is found "
-        "(too few layers agree on a share). What remains is coarse pruning: ten images do not see that it costs ten points. Without "
+        "(too few layers agree on a share). "
+        "What remains is coarse pruning: ten images do not see that it costs ten points. Without "
         "images nobody can ask batch norm for waves, and a gap that innocent networks stay under hides sig-10 and "
         "wanet-10."
     ),
