@@ -23,6 +23,8 @@ WORSE = 0.05  # accuracy on the clean images that a repair may cost before it is
 WORSE_MADE_UP = 0.35  # of made-up ones: near the borders between classes a quarter changed where accuracy lost 3 points
 SHOWS_LOSS = 50  # clean images; fewer do not show a loss of two points
 SLOW_BF16 = "this processor has no units for bf16, in which the repair may take many times as long: --precision fp32"
+NOTHING = "nothing was found and nothing removed"
+UNHELD = "to harden takes a search for a trigger, real images of every class, and a repair that learns from the model"
 UNDONE = "the repair made the model worse and was undone: a lower --finetune-lr may help"
 
 
@@ -92,9 +94,9 @@ def bring_back(
     )
     half = settings.precision == "bf16"
     if not (removed or triggers):
-        if not (hardens and _holds_on(clean, settings)):
-            return Outcome(False, "nothing was found and nothing removed", now)
-        return _hardened(pruned, original, clean, schedule, steps, workers)
+        if hardens and _holds_on(clean, settings):
+            return _hardened(pruned, original, clean, schedule, steps, workers)
+        return Outcome(False, NOTHING + (f"; {UNHELD}" if settings.harden else ""), now)
     held = held_against(pruned, triggers, clean, half)
     unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     if searched and not unlearns and before.n >= SHOWS_LOSS and now.value >= before.value:

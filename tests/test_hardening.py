@@ -155,6 +155,7 @@ def test_images_that_do_not_show_every_class_or_are_made_up_harden_nothing() -> 
     for shown in ([(images[some], labels[some])], StandIns((3, 16, 16), count=32)):
         result = sanitize(model, shown, Settings(harden=True))
         assert not result.plan.flagged and result.report["hardening"] is None
+        assert "real images of every class" in result.report["repair"]  # who asks for it is told why not
         assert same(snapshot(model), snapshot(result.model))
 
 
