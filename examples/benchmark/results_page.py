@@ -240,9 +240,9 @@ def _digits(found: list[Group], wanted: Any) -> list[str]:
     if lost:
         text += (
             f" **{FAINT}** is found since batch norm is asked for waves, but to unlearn one costs "
-            f"{lost.get(10, DASH)} points with ten images per class and {lost.get(1, DASH)} with one. Of two models of that kind that are "
-            "not listed a wave of two thirds of the strength would cost 4 and 8 points instead of 11 and 10, and one of "
-            "half of it left 94 % of one of their backdoors: so it stays as strong as it is."
+            f"{lost.get(10, DASH)} points with ten images per class and {lost.get(1, DASH)} with one. Of two models of "
+            "that kind that are not listed a wave of two thirds of the strength would cost 4 and 8 points instead of "
+            "11 and 10, and one of half of it left 94 % of one of their backdoors: so it stays as strong as it is."
         )
     hardened = [g for g in found if g.method == HARDENED]
     lines = [*textwrap.wrap(text, 116), "", *false_alarms(found), ""]
