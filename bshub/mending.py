@@ -64,7 +64,7 @@ def bring_back(
     zeroed: dict[str, list[int]],
     triggers: Sequence[InvertedTrigger] = (),
     searched: bool = False,
-    hardens: bool = False,
+    compared: bool = False,
     workers: Workers | None = None,
 ) -> Outcome:
     """Repair a pruned network, in place, where there is anything to repair; harden one in which nothing was found.
@@ -80,7 +80,7 @@ def bring_back(
         zeroed: Filters that must stay silent, by convolution.
         triggers: Inverted triggers.
         searched: Whether a trigger was looked for.
-        hardens: Whether the network is to be hardened where there is nothing to repair, and the images allow it.
+        compared: Whether there were enough classes for the search to compare; else nobody is hardened.
         workers: Processes that share the images.
 
     Returns:
@@ -94,9 +94,11 @@ def bring_back(
     )
     half = settings.precision == "bf16"
     if not (removed or triggers):
-        if hardens and _holds_on(clean, settings):
-            return _hardened(pruned, original, clean, schedule, steps, workers)
-        return Outcome(False, NOTHING + (f"; {UNHELD}" if settings.harden else ""), now)
+        if not settings.harden:
+            return Outcome(False, NOTHING, now)
+        if not (compared and _holds_on(clean, settings)):
+            return Outcome(False, f"{NOTHING}; {UNHELD}", now)
+        return _hardened(pruned, original, clean, schedule, steps, workers)
     held = held_against(pruned, triggers, clean, half)
     unlearns = held > tolerated(len(clean.labels))  # else the triggers fail already, and accuracy is all there is
     if searched and not unlearns and before.n >= SHOWS_LOSS and now.value >= before.value:

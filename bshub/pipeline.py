@@ -119,7 +119,7 @@ def sanitize(
         zeroed=removal.plan.zeroed_after(),
         triggers=shortcut.triggers if shortcut and not defense else (),
         searched=shortcut is not None,
-        hardens=settings.harden and shortcut is not None and shortcut.searched and not defense,
+        compared=shortcut is not None and shortcut.searched,
         workers=workers,
     )
     after, warnings = outcome.accuracy, [*diagnosis.warnings, *outcome.warnings]

@@ -166,7 +166,7 @@ def show_plan(report: dict[str, Any]) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     from bshub.release.card import rate_text
-    from bshub.release.wording import images_name, made_up
+    from bshub.release.wording import hardened, images_name, made_up
     from bshub.settings import OURS
 
     print_warnings(report["warnings"])
@@ -207,7 +207,7 @@ def _show(report: dict[str, Any]) -> None:
             f"unlearned: sharpened against the network, the inverted triggers lead {100 * left['before']:.0f} % of the "
             f"{images_name(report)} to their class before the repair, {100 * left['after']:.0f} % after it"
         )
-    elif report["hardening"] and report["repaired"]:
+    elif hardened(report):
         say(f"nothing was found: {report['repair']}")
     elif not report["repaired"] and report["settings"]["method"] in OURS:
         say(f"no repair: {report['repair']}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -93,12 +95,18 @@ def pairs_of(model: nn.Module) -> Pairing:
     return find_pairs(model, follow_channels(model, (3, SIZE, SIZE))[0])
 
 
+def share_of(memory: Memory, change: Callable[[Tensor], Tensor], images: Tensor) -> Share:
+    """Of one change by itself."""
+    (share,) = memory.shares([memory.moved(change, images)])
+    return share
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.3])
 @pytest.mark.parametrize("count", [10, 60])
 def test_the_share_is_what_it_was(share: float, count: int) -> None:
     model = remembering(Little(), share)
     images = pictures(count, seed=2)
-    found = Memory(model, pairs_of(model), images).share(stamped, images)
+    found = share_of(Memory(model, pairs_of(model), images), stamped, images)
     assert found.median == pytest.approx(share, abs=0.01 + 0.4 / count)
     assert found.low <= found.median + 1e-12 and found.error > 0
 
@@ -107,8 +115,9 @@ def test_a_change_that_nobody_saw_has_no_share() -> None:
     model = remembering(Little(), 0.2)
     images = pictures(40, seed=3)
     other = 0.8 * torch.sin(2 * torch.pi * 5 * torch.arange(SIZE) / SIZE).view(-1, 1)
-    assert not Memory(model, pairs_of(model), images).share(lambda x: x + other, images).carried(40)
-    assert Memory(model, pairs_of(model), images).share(lambda x: x, images) == Share(0.0, 0.0, 0.0)  # nothing moves
+    memory = Memory(model, pairs_of(model), images)
+    assert not share_of(memory, lambda x: x + other, images).carried(40)
+    assert share_of(memory, lambda x: x, images) == Share(0.0, 0.0, 0.0)  # nothing moves
 
 
 class Carried:
@@ -166,7 +175,7 @@ def test_shares_beside_each_other_are_those_of_one_least_squares_fit(share: floa
     assert fourth.median == pytest.approx(second.median, abs=1e-5)
     assert third.median + mixed * fourth.median == pytest.approx(first.median, abs=1e-5)
     assert [found.median for found in memory.shares([other, one])] == pytest.approx([second.median, first.median])
-    assert memory.share(Carried(), images) == memory.shares([one])[0]
+    assert share_of(memory, Carried(), images) == memory.shares([one])[0]
 
 
 @hypothesis_settings(deadline=None, max_examples=25)

@@ -7,7 +7,7 @@ from typing import Any
 
 from bshub.errors import printable
 from bshub.intake.models import LoadedModel
-from bshub.release.wording import hardened, images_name, made_up
+from bshub.release.wording import images_name, made_up, mended
 
 _RATES = {"accuracy": "accuracy", "asr": "attack success rate", "ra": "robust accuracy"}
 _MAX = 300
@@ -48,7 +48,7 @@ def card_of(source: LoadedModel, record: Mapping[str, Any]) -> dict[str, Any]:
 def _datasets(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     clean = record["clean_images"]["n"]
     name = images_name(record)
-    text = f"{clean} {name}; they chose the threshold and {_mended(record)} the network"
+    text = f"{clean} {name}; they chose the threshold and {mended(record)} the network"
     yield {"type": "dataset", "name": name, "description": text}
     if tested := (record.get("evaluation") or {}).get("test_images"):
         text = f"{tested} held-out images; nothing was chosen by them"
@@ -81,14 +81,10 @@ def _limits(record: Mapping[str, Any]) -> Iterator[str]:
         yield "No trigger was known: that no backdoor is left was not measured."
     yield "Attacks that hide in filters which do not stand out are not found by scores of single filters."
     rate = "agreement" if made_up(record) else "accuracy"
-    done = f"chose the threshold and {_mended(record)} the network"
+    done = f"chose the threshold and {mended(record)} the network"
     yield f"The {images_name(record)} also {done}: {rate} on them flatters."
     for warning in record.get("warnings") or ():
         yield printable(warning, _MAX)
-
-
-def _mended(record: Mapping[str, Any]) -> str:
-    return "hardened" if hardened(record) else "repaired"
 
 
 def _price(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ from bshub.intake.models import LoadedModel
 from bshub.intake.recipe import Recipe
 from bshub.release.card_metadata import front_matter
 from bshub.release.loaders import loader_text, onnx_text
-from bshub.release.wording import hardened, images_name, rate_name, repair_passes
+from bshub.release.wording import hardened, images_name, mended, rate_name, repair_passes
+from bshub.repair.lesson import STRONG
 from bshub.surgery.proof import Proof
 
 __all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
@@ -99,7 +100,7 @@ def model_card(
         mu=threshold["mu"],
         uses=["chose the threshold"] * bool(threshold.get("curve"))
         + ["chose the spare filters"] * bool(report.get("shrink"))
-        + [f"{'hardened' if hardened(report) else 'repaired'} the network"] * report["repaired"],
+        + [f"{mended(report)} the network"] * report["repaired"],
         shrink=report.get("shrink"),
         shrink_reason=escape((report.get("shrink") or {}).get("reason", "")),
         threshold_reason=escape(threshold["reason"]),
@@ -107,6 +108,7 @@ def model_card(
         inversion=escape((report["diagnosis"].get("inversion") or {}).get("reason", "")),
         unlearned=report.get("trigger_success"),
         hardened=hardened(report),
+        strongest_wave=STRONG,
         passes=repair_passes(report),
         layers=[(escape(name), len(filters)) for name, filters in flagged[:LAYERS_SHOWN]],
         more_layers=len(flagged[LAYERS_SHOWN:]),

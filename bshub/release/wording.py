@@ -28,6 +28,11 @@ def hardened(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return (report.get("hardening") or None) if report["repaired"] else None
 
 
+def mended(report: Mapping[str, Any]) -> str:
+    """``hardened`` or ``repaired``: what was done to the weights that are left."""
+    return "hardened" if hardened(report) else "repaired"
+
+
 def made_up(report: Mapping[str, Any]) -> bool:
     """Whether no clean images were given."""
     return bool(report["clean_images"].get("made_up"))

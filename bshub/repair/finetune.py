@@ -209,14 +209,8 @@ def repair(
                         answers = teacher(batch).float()
                     again = slice(len(shown))  # what is shown with the trigger comes first in the batch
                     asked = torch.cat((batch, shown)), torch.cat((wanted, wanted[again]))
-                    lesson = *asked, torch.cat((answers, answers[again]))
-                    for inputs, names, told in zip(*(t.split(AT_ONCE * size) for t in lesson), strict=True):
-                        with torch.autocast(batch.device.type, torch.bfloat16, enabled=half):
-                            logits = model(inputs).float()
-                        loss = way.loss(logits, names, told) * (len(inputs) / len(lesson[0]))
-                        loss.backward()
-                        total += float(loss.detach()) * len(batch)
-                    seen += len(batch)
+                    loss = _learn(model, way.loss, (*asked, torch.cat((answers, answers[again]))), AT_ONCE * size, half)
+                    total, seen = total + loss * len(batch), seen + len(batch)
                 _average_gradients(list(parameters.values()), len(batch) + len(shown), workers)
                 if way.mixes or unlearns:
                     nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
@@ -231,6 +225,18 @@ def repair(
         parameter.grad = None
         parameter.requires_grad_(flag)
     return total / max(seen, 1)
+
+
+def _learn(model: nn.Module, loss: Loss, lesson: tuple[Tensor, Tensor, Tensor], at_once: int, half: bool) -> float:
+    """Gradients of the mean loss over images, labels and answers, of which so many at once run; the loss."""
+    total = 0.0
+    for images, labels, answers in zip(*(part.split(at_once) for part in lesson), strict=True):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            logits = model(images).float()
+        share = loss(logits, labels, answers) * (len(images) / len(lesson[0]))
+        share.backward()
+        total += float(share.detach())
+    return total
 
 
 def epochs_of(schedule: Schedule, images: int, unlearns: bool) -> int:

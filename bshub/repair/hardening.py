@@ -58,7 +58,7 @@ def harden(
     """Harden a network against faint waves, in place.
 
     Args:
-        model: The network, as the original is.
+        model: A copy of the original.
         images: Clean, ``[n, c, h, w]``.
         labels: ``[n]``; every class should be among them, what is not shown is not held on to.
         schedule: Learning rate, batch size, seed, precision; the passes are :func:`passes_of` it.
@@ -69,7 +69,6 @@ def harden(
     Returns:
         How far it went.
     """
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     short, half = replace(schedule, epochs=1), schedule.precision == "bf16"
     repair(model, original, images, labels, {}, "distil", short, waves=True, workers=workers, progress=progress)
     wanted = _answers(original, images, labels, schedule.seed, half)
@@ -80,7 +79,7 @@ def harden(
         alike = float((_answers(model, images, labels, schedule.seed, half) == wanted).float().mean())
         return alike >= AGREES
 
-    share = keep_share(model, before, agrees, SHARES)
+    share = keep_share(model, original.state_dict(), agrees, SHARES)
     return Hardening(share, alike if share else 1.0, passes_of(schedule, len(images)))
 
 

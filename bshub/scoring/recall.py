@@ -93,29 +93,27 @@ class Memory:
             self._whitened[name] = _Whitening(moments)
             self._pulls[name] = self._whitened[name](-moments.mean(0))  # moments are counted from the running ones
 
-    def share(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> Share:
-        """Of the training images, how many carried this change, if it was as strong then; of a stronger one fewer.
+    def moved(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What a change does to the moments.
 
         Args:
             trigger: Puts it on images.
             images: Clean ones, ``[n, c, h, w]``.
 
         Returns:
-            The estimates.
+            Layer → ``d``, ``[2 filters]``.
         """
-        return self.shares([self.moved(trigger, images)])[0]
-
-    def moved(self, trigger: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What a change does to the moments: layer → ``d``, ``[2 filters]``."""
         images = images[:MOST]
         plain, changed = self._moments(images), self._moments(trigger(images))
         return {name: changed[name].mean(0) - plain[name].mean(0) for name in self._pulls}
 
     def shares(self, changes: Sequence[Mapping[str, Tensor]]) -> list[Share]:
-        """Of each change, beside the others: ``p = (DᵀΣ⁻¹D)⁻¹ DᵀΣ⁻¹Δ`` with a column of ``D`` for each.
+        """Of the training images, how many carried a change, if it was as strong then; of a stronger one fewer.
+
+        Of several each is asked beside the others: ``p = (DᵀΣ⁻¹D)⁻¹ DᵀΣ⁻¹Δ`` with a column of ``D`` for each.
 
         Args:
-            changes: What each of them moves.
+            changes: What each of them moves, see :meth:`moved`.
 
         Returns:
             The estimates, in the same order.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from detail_page import detail_table
-from hardening_page import HARDENED
+from hardening_page import HARDENED, was_hardened
 
 from bshub.benchmark.page import DASH, number
 from bshub.benchmark.summary import Group, Line, lines, mean, rate
@@ -53,10 +53,9 @@ TAUGHT = (
         "draw, sig-10 22. So was this: in one draw of sig-10 a wave toward class 6 hardly came to a share of the "
         "training images beside the target's, and 13 points were lost; it is asked again beside that one since, which "
         "explains it. Four draws of sig-10 that are not counted leave 0.1, 0 and 0 %, and 95 % where nothing is found "
-        "(too few layers agree on a share). "
-        "What remains is coarse pruning: ten images do not see that it costs ten points. Without "
-        "images nobody can ask batch norm for waves, and a gap that innocent networks stay under hides sig-10 and "
-        "wanet-10."
+        "(too few layers agree on a share). What remains is coarse pruning: ten images do not see that it costs ten "
+        "points. Without images nobody can ask batch norm for waves, and a gap that innocent networks stay under hides "
+        "sig-10 and wanet-10."
     ),
     (
         "Without images, up to 60 % of the made-up ones are answered with the target of a backdoor. These have no say "
@@ -182,7 +181,7 @@ def false_alarms(found: Sequence[Group]) -> list[str]:
 
 def _something_found(notes: dict[str, Any]) -> bool:
     """Whether filters were flagged or a trigger unlearned; a network in which nothing is found is hardened."""
-    return bool(notes["counts"]["flagged"] or (notes["repaired"] and "hardening" not in notes["seconds"]))
+    return bool(notes["counts"]["flagged"] or (notes["repaired"] and not was_hardened(notes)))
 
 
 def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:

@@ -41,6 +41,11 @@ TAUGHT = (
 )
 
 
+def was_hardened(notes: dict[str, Any]) -> bool:
+    """Whether the weights are hardened ones, and not repaired against something that was found."""
+    return bool(notes["repaired"] and "hardening" in notes["seconds"])
+
+
 def hardening_tables(found: list[Group], wanted: Any) -> list[str]:
     """What it does, in words and as a table.
 
@@ -73,7 +78,7 @@ def hardening_table(found: list[Group]) -> list[str]:
     for group in sorted(found, key=lambda g: (g.model, -g.per_class)):
         if group.method != HARDENED or not group.rows:
             continue
-        done = sum("hardening" in row["notes"]["seconds"] for row in group.rows)
+        done = sum(was_hardened(row["notes"]) for row in group.rows)
         asr, accuracy = (
             " → ".join(number(group.mean(rate(when, name))) for when in ("before", "after"))
             for name in ("asr", "accuracy")
