@@ -17,7 +17,7 @@ from bshub.diagnosis import Diagnosis
 from bshub.errors import PublishError, UsageError, printable
 from bshub.evaluation.attacks.trigger import Trigger, resize_to
 from bshub.evaluation.defenses.registry import find_defense
-from bshub.evaluation.metrics import Evaluation, der, evaluate_models
+from bshub.evaluation.metrics import Evaluation, accuracy_lost, der, evaluate_models
 from bshub.files import check_output, output_folder
 from bshub.inputs import Inputs, image_facts, image_warnings, load_inputs, model_facts
 from bshub.intake.folders import ClassFolder
@@ -96,6 +96,7 @@ def sanitize_to_folder(
             report["evaluation"] = {
                 "before": before.as_dict(),
                 "after": after.as_dict(),
+                "accuracy_lost": accuracy_lost(before, after).as_dict(),
                 "der": der(before, after),
                 "test_images": len(test),
                 "unreadable": {printable(path.name): reason for path, reason in test.rejected.items()},

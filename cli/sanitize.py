@@ -165,7 +165,7 @@ def show_plan(report: dict[str, Any]) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from bshub.release.card import rate_text
+    from bshub.release.card import lost_text, rate_text
     from bshub.release.wording import hardened, images_name, made_up
     from bshub.settings import OURS
 
@@ -189,6 +189,8 @@ def _show(report: dict[str, Any]) -> None:
     for key, title in (("accuracy", "accuracy %"), ("asr", "attack success %"), ("ra", "robust accuracy %")):
         if evaluation and key in evaluation["before"]:
             rows.append([title, rate_text(evaluation["before"][key]), rate_text(evaluation["after"][key])])
+    if evaluation and "accuracy_lost" in evaluation:
+        rows.append(["accuracy lost, points", "–", lost_text(evaluation["accuracy_lost"])])
     if not evaluation:
         clean = report["clean_images"]
         rows.append(

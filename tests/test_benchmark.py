@@ -74,6 +74,8 @@ def test_every_cell_of_the_grid_has_one_row_with_what_was_counted(measured: Path
         assert ("asr" in row["after"]) == (row["cell"]["model"] == "bad")
         assert row["seconds"] > 0 and row["bare_step_seconds"] > 0
         assert row["clean_images"] == 3 * row["cell"]["per_class"]
+        fell = row["before"]["accuracy"]["percent"] - row["after"]["accuracy"]["percent"]
+        assert row["accuracy_lost"]["points"] == pytest.approx(fell, abs=0.02) and row["accuracy_lost"]["n"] == 30
         if "asr" in row["after"]:
             assert row["after"]["asr"]["n"] == 20  # those of the other two classes
             fallen = max(0, row["before"]["asr"]["percent"] - row["after"]["asr"]["percent"])

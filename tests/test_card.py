@@ -20,7 +20,7 @@ from loopback_hub import LoopbackHub, point_client_at
 
 import bshub
 from bshub.intake.models import LoadedModel
-from bshub.release.card import escape, loader_text, model_card, rate_text
+from bshub.release.card import escape, loader_text, lost_text, model_card, rate_text
 
 HOSTILE = "<script>alert(1)</script> [x](javascript:1) ![i](http://evil) `code` **b** # h | t\n---\nlicense: mit\x1b[2J"
 
@@ -194,6 +194,8 @@ def test_the_rates_of_the_report_stand_in_the_table(text: str, artifact: Artifac
         for key in ("accuracy", "asr", "ra"):
             assert rate_text(evaluation[when][key]) in text
     assert rate_text({"percent": 83.44, "low": 80.91, "high": 85.6, "n": 1000}) == "83.4 [80.9, 85.6] n=1000"
+    assert f"| clean accuracy lost, points | – | {lost_text(evaluation['accuracy_lost'])} |" in text
+    assert lost_text({"points": -0.04, "low": -1.0, "high": 0.96, "n": 1000}) == "-0.0 [-1.0, 1.0] n=1000"
     assert f"{artifact.report['parameters']['after']:,}" in text
     table = [line for line in text.split("## What was removed")[0].splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {4}

@@ -14,7 +14,16 @@ from nets import randomize_batch_norm
 from torch import Tensor, nn
 
 from bshub.errors import TriggerError
-from bshub.evaluation.metrics import Z95, Evaluation, Rate, clean_accuracy, der, evaluate_models
+from bshub.evaluation.metrics import (
+    Z95,
+    AccuracyLost,
+    Evaluation,
+    Rate,
+    accuracy_lost,
+    clean_accuracy,
+    der,
+    evaluate_models,
+)
 
 
 class Oracle(nn.Module):
@@ -111,6 +120,55 @@ def test_several_models_at_once_equal_each_alone() -> None:
     together = evaluate_models(models, batches, target=2)
     assert together == [evaluate_models([model], batches, target=2)[0] for model in models]
     assert together[0].accuracy.n == 17
+
+
+def test_what_was_lost_is_counted_image_by_image() -> None:
+    labels = torch.tensor([1, 2, 3, 4, 5])
+    before, after = evaluate_models(
+        [Oracle(), Oracle(1)],
+        [(images_saying(1, 2, 9), labels[:3], None), (images_saying(3, 5), labels[3:], None)],
+    )
+    assert accuracy_lost(before, after) == AccuracyLost(lost=3, gained=1, n=5)  # 1, 2 and 5 against 4
+    assert accuracy_lost(before, before) == AccuracyLost(0, 0, 5)
+    assert accuracy_lost(before, Evaluation(Rate(1, 2))) == AccuracyLost(0, 0, 0)  # of other images nothing is known
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.floats(0, 1))))
+def test_the_interval_of_what_was_lost_holds_it_and_turns_with_the_sign(drawn: tuple[int, int, float]) -> None:
+    changed, n, part = drawn
+    lost = round(changed * part)
+    found, mirrored = AccuracyLost(lost, changed - lost, n), AccuracyLost(changed - lost, lost, n)
+    low, high = found.interval()
+    assert -1 <= low <= found.value + 1e-12 and found.value <= high + 1e-12 and high <= 1
+    assert mirrored.interval() == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "least"),
+    [(0.05, 0.02, 0.94), (0.01, 0.01, 0.94), (0.3, 0.1, 0.94), (0.0, 0.04, 0.9)],  # the last: two images, one way
+)
+def test_the_interval_of_what_was_lost_covers_it_nineteen_times_in_twenty(up: float, down: float, least: float) -> None:
+    """Summed over all outcomes of 60 images, of which each is lost or gained with these chances."""
+    n, covered = 60, 0.0
+    for lost in range(n + 1):
+        for gained in range(n + 1 - lost):
+            ways = math.comb(n, lost) * math.comb(n - lost, gained)
+            low, high = AccuracyLost(lost, gained, n).interval()
+            if low <= up - down <= high:
+                covered += ways * up**lost * down**gained * (1 - up - down) ** (n - lost - gained)
+    assert covered >= least
+
+
+def test_pairs_say_more_than_two_intervals() -> None:
+    """Of 2000 images 40 are lost and 20 gained: one point, and surely some of it; the rates alone overlap."""
+    low, high = AccuracyLost(40, 20, 2000).interval()
+    assert 0 < low < 0.01 < high < 0.02
+    assert Rate(1600, 2000).interval()[0] < Rate(1580, 2000).interval()[1]
+
+
+def test_nothing_counted_is_no_number_and_can_be_written() -> None:
+    assert math.isnan(AccuracyLost(0, 0, 0).value)
+    json.dumps(AccuracyLost(0, 0, 0).as_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -27,7 +27,7 @@ from bshub.clean import CleanImages
 from bshub.device import pick_device
 from bshub.errors import BshubError, UsageError
 from bshub.evaluation.attacks.trigger import Trigger, load_trigger, resize_to
-from bshub.evaluation.metrics import Evaluation, der, evaluate_models
+from bshub.evaluation.metrics import Evaluation, accuracy_lost, der, evaluate_models
 from bshub.intake.folders import ClassFolder
 from bshub.intake.models import LoadedModel, load_model
 from bshub.intake.splits import find_splits
@@ -230,6 +230,7 @@ def measure_cell(
     return {
         **row,
         "after": after.as_dict(),
+        "accuracy_lost": accuracy_lost(before, after).as_dict(),
         "der": None if worth is None else round(worth, 4),
         "seconds": round(cost.seconds, 3),
         "ratio": round(cost.seconds / row["bare_step_seconds"], 1),

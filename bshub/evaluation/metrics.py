@@ -1,4 +1,4 @@
-"""Clean accuracy, attack success rate, robust accuracy, each with n and a Wilson 95 % interval; DER."""
+"""Clean accuracy, attack success rate, robust accuracy, each with n and a 95 % interval; what was lost; DER."""
 
 from __future__ import annotations
 
@@ -59,16 +59,70 @@ class Evaluation:
         accuracy: Clean accuracy (ACC).
         attack_success: Triggered images of other classes that get the target label (ASR), if a trigger was given.
         robust_accuracy: The same images that still get their own label (RA).
+        right: Of each clean image in turn 1 where the answer was right, else 0; :func:`accuracy_lost` pairs them.
     """
 
     accuracy: Rate
     attack_success: Rate | None = None
     robust_accuracy: Rate | None = None
+    right: bytes = b""
 
     def as_dict(self) -> dict[str, Any]:
         """For reports."""
         rates = {"accuracy": self.accuracy, "asr": self.attack_success, "ra": self.robust_accuracy}
         return {name: rate.as_dict() for name, rate in rates.items() if rate is not None}
+
+
+@dataclass(frozen=True)
+class AccuracyLost:
+    """What a network lost against another one on the same images. Those that both answer alike say nothing of it.
+
+    Attributes:
+        lost: Images that the first answers rightly and the second wrongly.
+        gained: The other way round.
+        n: All images.
+    """
+
+    lost: int
+    gained: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The share, negative where accuracy rose; NaN where nothing was counted."""
+        return (self.lost - self.gained) / self.n if self.n else math.nan
+
+    def interval(self) -> tuple[float, float]:
+        """95 %, of a difference of paired shares: Wald's after half an image was added to each of the four cells.
+
+        Source: Agresti and Min, *Simple improved confidence intervals for comparing matched proportions*, Statistics
+        in Medicine 24, 2005.
+        """
+        n, difference = self.n + 2, self.lost - self.gained
+        half = Z95 * math.sqrt(self.lost + self.gained + 1 - difference**2 / n) / n
+        return max(difference / n - half, -1.0), min(difference / n + half, 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports, in points."""
+        low, high = (round(100 * end, 2) for end in self.interval())
+        points = round(100 * self.value, 2) if self.n else None
+        return {"points": points, "low": low, "high": high, "lost": self.lost, "gained": self.gained, "n": self.n}
+
+
+def accuracy_lost(before: Evaluation, after: Evaluation) -> AccuracyLost:
+    """Image by image, what the second network lost; far narrower than the difference of two intervals.
+
+    Args:
+        before: Of the original.
+        after: Of the sanitized network on the same images, in the same order.
+
+    Returns:
+        The counts; none where the two were not counted on as many images.
+    """
+    if len(before.right) != len(after.right):
+        return AccuracyLost(0, 0, 0)
+    pairs = list(zip(before.right, after.right, strict=True))
+    return AccuracyLost(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))
 
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # clean images, labels, the same images with the trigger
@@ -97,8 +151,8 @@ def evaluate_models(
         TriggerError: Triggered images without a target.
         InconclusiveError: There are no images.
     """
-    right = [0] * len(models)
-    success, robust = list(right), list(right)
+    right = [bytearray() for _ in models]
+    success, robust = [0] * len(models), [0] * len(models)
     n = attacked = 0
     stamped_any = False
     for images, labels, stamped in batches:
@@ -114,7 +168,7 @@ def evaluate_models(
             stamped_any = True
             attacked += int(others.sum())
         for k, model in enumerate(models):
-            right[k] += int((_answers(model, images) == labels).sum())
+            right[k] += bytes((_answers(model, images) == labels).tolist())
             if stamped is not None and target is not None:
                 answers = _answers(model, stamped)[others]
                 success[k] += int(torch.eq(answers, target).sum())
@@ -128,9 +182,10 @@ def evaluate_models(
         )
     return [
         Evaluation(
-            Rate(right[k], n),
+            Rate(sum(right[k]), n),
             Rate(success[k], attacked) if stamped_any else None,
             Rate(robust[k], attacked) if stamped_any else None,
+            bytes(right[k]),
         )
         for k in range(len(models))
     ]

@@ -20,7 +20,17 @@ from bshub.release.wording import hardened, images_name, mended, rate_name, repa
 from bshub.repair.lesson import STRONG
 from bshub.surgery.proof import Proof
 
-__all__ = ["Extras", "Plot", "dense_card", "escape", "loader_text", "model_card", "rate_text", "shown_reference"]
+__all__ = [
+    "Extras",
+    "Plot",
+    "dense_card",
+    "escape",
+    "loader_text",
+    "lost_text",
+    "model_card",
+    "rate_text",
+    "shown_reference",
+]
 
 LAYERS_SHOWN = 8
 SCORE_WORDS = {
@@ -163,6 +173,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         before, after = (evaluation.get(when, {}).get(key) for when in ("before", "after"))
         if before and after:
             rows.append((title, rate_text(before), rate_text(after)))
+    if "accuracy_lost" in evaluation:
+        rows.append(("clean accuracy lost, points", "–", lost_text(evaluation["accuracy_lost"])))
     clean = report["clean_images"]
     rows.append((rate_name(report), rate_text(clean["accuracy_before"]), rate_text(clean["accuracy_after"])))
     for key, title in (("parameters", "parameters"), ("macs", "multiply-accumulates per image")):
@@ -178,6 +190,11 @@ def shown_reference(reference: str) -> str:
 def rate_text(rate: dict[str, Any]) -> str:
     """``83.4 [80.9, 85.6] n=1000`` from a report's rate."""
     return f"{rate['percent']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}] n={rate['n']}"
+
+
+def lost_text(lost: dict[str, Any]) -> str:
+    """``0.9 [0.1, 1.7] n=1000`` from a report's loss of accuracy; negative where it rose."""
+    return f"{lost['points']:.1f} [{lost['low']:.1f}, {lost['high']:.1f}] n={lost['n']}"
 
 
 def escape(text: object) -> str:
