@@ -217,7 +217,8 @@ def test_methods_are_compared_on_the_models_they_share() -> None:
 
 
 def test_hardening_is_no_false_alarm_and_stands_beside_the_default_as_a_row_of_its_own() -> None:
-    from default_page import _bars, false_alarms
+    from bars_page import bars
+    from default_page import false_alarms
     from hardening_page import HARDENED, hardening_table
 
     def group(model: str, method: str, asr: tuple[float, float] | None, lost: float, done: bool = False) -> Group:
@@ -236,10 +237,68 @@ def test_hardening_is_no_false_alarm_and_stands_beside_the_default_as_a_row_of_i
         group("clean", "bshub", None, 0),
     ]
     hardened = [group("sig-1", HARDENED, (40, 20), 0.5, True), group("clean", HARDENED, None, 0.25, True)]
-    table = "\n".join(_bars([*default, *hardened], (10,)))
+    table = "\n".join(bars([*default, *hardened], (10,)))
     assert "| all attacked | 2 | 70.0 | 21.0 | 40.0 | 0.5 | 0.0 |" in table
     assert "| *--harden* | 2 | 70.0 | 11.0 | 20.0 | 0.8 | 0.2 |" in table
-    assert "*--harden*" not in "\n".join(_bars(default, (10,)))
+    assert "*--harden*" not in "\n".join(bars(default, (10,)))
     assert "| sig-1 | 10 | 1 | 1 | 40.0 → 20.0 | 80.0 → 79.5 | 0.5 |" in hardening_table(hardened)
     alarms = [Group(g.model, "bshub", 10, 0.1, g.rows, ()) for g in hardened]
     assert "found something in 0 of 1 runs" in " ".join(false_alarms(alarms))
+
+
+def test_a_part_is_left_out_for_as_long_as_it_is_asked_for_and_no_other_with_it() -> None:
+    from left_out import PARTS
+
+    from bshub import diagnosis
+    from bshub.repair import lesson
+    from bshub.repair.finetune import REPAIRS
+    from bshub.scoring import confirmation
+    from bshub.scoring.families import FAMILIES
+
+    def parts() -> dict[str, Any]:
+        there = {name: name in FAMILIES for name in ("waves", "patch", "additive", "warp")}
+        repair = {"mixes": REPAIRS["distil"].mixes, "strongest": lesson.STRONGEST}
+        return {**there, **repair, "like": confirmation.LIKE, "memory": diagnosis._shifted}
+
+    whole, found = parts(), set()
+    for part in PARTS.values():
+        with part.taken_out():
+            missing = {name for name, value in parts().items() if value != whole[name]}
+        assert len(missing) == 1 and parts() == whole
+        found |= missing
+    assert found == set(whole)
+
+
+def test_what_is_left_out_has_a_row_of_its_own(tmp_path: Path) -> None:
+    from left_out import Renamed
+
+    from bshub.benchmark.rows import Cell, Rows
+
+    rows = Rows(tmp_path / "rows.jsonl")
+    cell = Cell("badnets-10", "0123", "bshub", 10, 0, 0.1, 2000)
+    renamed = Renamed(rows, "bshub-warp")
+    assert cell not in renamed
+    renamed.add(cell, {"der": 1.0})
+    assert cell in renamed and cell not in rows
+    assert rows.rows[0]["cell"]["method"] == "bshub-warp"
+
+
+def test_the_ends_of_a_mean_are_means_of_the_ends_and_missing_where_a_row_does_not_tell_them() -> None:
+    from bars_page import bars
+
+    def group(model: str, asr: float | None, told: bool) -> Group:
+        def rates(asr: float | None) -> dict[str, Any]:
+            attacked = {} if asr is None else {"asr": {"percent": asr, "low": asr - 1, "high": asr + 3, "n": 9}}
+            return {"accuracy": {"percent": 80.0, "n": 10}} | attacked
+
+        lost = {"accuracy_lost": {"points": 0.0, "low": -1.0, "high": 2.0}} if told else {}
+        cost = {"der": 0.5, "seconds": 1.0, "ratio": 1.0, "megabytes": 1.0}
+        return Group(model, "bshub", 10, 0.1, ({"before": rates(asr), "after": rates(asr), **lost, **cost},), ())
+
+    mine = [group("badnets-10", 4.0, True), group("sig-1", 8.0, True), group("clean", None, True)]
+    table = "\n".join(bars(mine, (10,)))
+    figures = "| 6.0 [5.0, 9.0] | 8.0 [7.0, 11.0] | 0.0 [-1.0, 2.0] | 0.0 [-1.0, 2.0] | 0.500 |"
+    assert f"| 10 | all attacked | 2 | 6.0 {figures}" in table
+    mine[1] = group("sig-1", 8.0, False)
+    table = "\n".join(bars(mine, (10,)))
+    assert "| 8.0 [7.0, 11.0] | 0.0 | 0.0 [-1.0, 2.0] | 0.500 |" in table

@@ -204,6 +204,23 @@ def test_what_was_never_measured_is_inconclusive_and_an_unknown_trigger_is_not(f
     assert gate(folder, Policy(min_accuracy=1.0)).code == 3
 
 
+def test_in_the_worst_case_the_end_of_what_was_lost_is_judged(folder: Path) -> None:
+    def code(bound: float, worst: bool, lost: Any) -> int:
+        rates = (
+            {"percent": 80.0, "low": 77.0, "high": 83.0, "n": 700},
+            {"percent": 79.0, "low": 75.0, "high": 82.0, "n": 700},
+        )
+        before, after = ({"accuracy": rate} for rate in rates)
+        rebind(folder, evaluation={"before": before, "after": after, "accuracy_lost": lost})
+        return gate(folder, Policy(max_accuracy_drop=bound, worst_case=worst)).code
+
+    paired = {"points": 1.0, "low": 0.2, "high": 1.8, "lost": 9, "gained": 2, "n": 700}
+    assert [code(bound, False, paired) for bound in (0.9, 1.0)] == [1, 0]
+    assert [code(bound, True, paired) for bound in (1.7, 1.8)] == [1, 0]
+    for nothing in (None, {"high": 0.5}, {"high": "1.8"}, {"high": True}, {"high": 1e9}):  # 1 + √(3² + 4²) points, then
+        assert [code(bound, True, nothing) for bound in (5.9, 6.0)] == [1, 0]
+
+
 def test_age_is_counted_from_the_receipts_own_time(folder: Path) -> None:
     receipt, policy = read_receipt(folder), Policy(max_age_days=30)
     created = datetime.fromisoformat(receipt.record["created"])

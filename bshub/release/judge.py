@@ -8,7 +8,7 @@ from typing import Any
 
 from bshub.errors import printable
 from bshub.release.finding import INCONCLUSIVE, NOTE, PASS, REFUSED, Finding
-from bshub.release.policy import Policy, older, rate_of
+from bshub.release.policy import Policy, lost_of, older, rate_of
 from bshub.release.receipt import Receipt
 
 _TEST = "measure it now: bshub gate … --test-dir DIR"
@@ -107,13 +107,15 @@ def _bounded(
 def _drop(policy: Policy, receipt: Receipt) -> Iterator[Finding]:
     if policy.max_accuracy_drop is None:
         return
-    before, after = (rate_of(receipt.get("evaluation", when, "accuracy")) for when in ("before", "after"))
-    if before is None or after is None:
+    measured = lost_of(receipt.get("evaluation"))
+    if measured is None:
         reason = "accuracy before and after was not measured on test images"
         yield Finding("accuracy-drop", INCONCLUSIVE, reason, "sanitize again with --test-dir DIR")
         return
-    drop = before[0] - after[0]
-    text = f"accuracy went from {before[0]:.1f} to {after[0]:.1f} %"
+    before, after, most = measured
+    drop, text = before - after, f"accuracy went from {before:.1f} to {after:.1f} %"
+    if policy.worst_case:
+        drop, text = most, f"{text}, a loss of up to {most:.1f} points (95 %)"
     if drop > policy.max_accuracy_drop + 1e-9:  # 2.2 - 0.2 is a little more than 2
         reason = f"{text}; the policy allows {policy.max_accuracy_drop:g} points"
         yield Finding("accuracy-drop", REFUSED, reason, "sanitize with a higher --mu, or more clean images")

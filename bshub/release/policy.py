@@ -14,6 +14,8 @@ from typing import Any
 
 from bshub.errors import UsageError, printable
 
+_ROUNDED = 0.02  # points: two rates of two decimals
+
 DEFAULT = """\
 # What a model must be to ship. Read by `bshub gate ARTIFACT --policy policy.toml`; every key is optional, and a key
 # that is left out asks nothing. Rates are in percent.
@@ -238,3 +240,22 @@ def rate_of(record: Mapping[str, Any] | None) -> tuple[float, float, float, int]
         return None
     percent, low, high = (float(value) for value in values)  # type: ignore[arg-type]
     return (percent, low, high, count) if 0 <= low <= percent <= high <= 100 else None
+
+
+def lost_of(evaluation: Any) -> tuple[float, float, float] | None:
+    """Accuracy before and after, and the most points that may have been lost (95 %); None where it was not measured.
+
+    Of answers that were compared image by image, where the record has them; else Newcombe's end of two rates.
+    """
+    if not isinstance(evaluation, Mapping):
+        return None
+    rates = [evaluation.get(when) for when in ("before", "after")]
+    before, after = (rate_of(rate.get("accuracy")) if isinstance(rate, Mapping) else None for rate in rates)
+    if before is None or after is None:
+        return None
+    lost = before[0] - after[0]
+    paired = evaluation.get("accuracy_lost")
+    high = paired.get("high") if isinstance(paired, Mapping) else None
+    if type(high) in (int, float) and lost - _ROUNDED <= high <= 100:
+        return before[0], after[0], float(high)
+    return before[0], after[0], lost + math.hypot(before[2] - before[0], after[0] - after[1])

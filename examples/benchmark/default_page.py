@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+from bars_page import CHOSEN_ON, TOOK, about_intervals, bars, figures
 from detail_page import detail_table
 from hardening_page import HARDENED, was_hardened
+from left_out import PARTS, PREFIX
 
-from bshub.benchmark.page import DASH, number
-from bshub.benchmark.summary import Group, Line, lines, mean, rate
+from bshub.benchmark.summary import Group, lines
 
-CHOSEN_ON = (  # every knob was turned on these alone
-    "clean", "badnets-10", "badnets-1", "blended-10", "wanet-10", "sig-10", "label-consistent-10", "label-consistent-1",
-)  # fmt: skip
-TOOK = 90.0  # ASR before, in percent, from which an attack is one
-ADAPTIVE = "adaptive-10"
-BARS = {  # mean ASR, worst ASR, ACC lost, clean model
-    10: ("≤ 3", "≤ 10", "≤ 2.0", "≤ 0.5"),
-    1: ("≤ 8", "≤ 25", "≤ 4.0", "≤ 1.0"),
-    0: ("≤ 30", DASH, "≤ 3.0", "≤ 1.0"),
-}
 TAUGHT = (
     (
         "What keeps the bars away: with ten images per class and with one, attacks at 1 % poison that hardly take "
@@ -35,6 +25,18 @@ TAUGHT = (
         "that of a sinusoid's model that is not listed (target 5) has 0.6. The innocent network itself answers 1.0 to "
         "3.2 % of the images with a trigger of these sets with the target (five triggers, n=1800), so that a mean of 3 "
         "leaves no room for two backdoors that stay."
+    ),
+    (
+        "Networks of half width, trained for six epochs too and not listed, hide the two as well: sig-1 takes at 40.2 "
+        "% (n=1792) and blended-1 at 29.7, nothing is found with a hundred images, and FT-SAM leaves 42.8 and 29.0, "
+        "CLP 37.8 and 9.2 for 2.7 and 4.8 points, BNP 57.6 and 14.2 for 6.5 and 5.8; hardened they keep 19.6 and 29.6 "
+        "for no accuracy. That batch norm cannot tell is a matter of how few images there are: a "
+        "hundred hold themselves, by draw, as much more or less of a sinusoid as 3 % of the training images with it "
+        "would add, in an innocent network as in the others and with all layers asked at once; of sig-1's 1 % carry "
+        "it. What a student forgets that "
+        "learns the network's answers to mixtures, with its last stages drawn anew or noise on its weights, is no "
+        "sign either: sig-1's wave falls from 43 to 26 % of the images, a wave toward an innocent class of it from 39 "
+        "to 4, and the other sinusoid's stays (39 to 34)."
     ),
     (
         "What moves sig-1 is to harden a network in which nothing stands out (`--harden`, section 11). It is no "
@@ -82,6 +84,7 @@ WORDS = {
     "bshub:mu=1000000.0": "no filter pruned: the trigger is only unlearned",
     "bshub:finetune_epochs=0": "no repair: only pruned",
     "bshub:repair=finetune": "labels instead of the unpruned network's answers",
+    **{PREFIX + name: part.words for name, part in PARTS.items()},
 }
 
 
@@ -102,9 +105,9 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         "*adaptive*: trained against the score of the weights, before the attack knew the default's (one against these "
         "stands in section 9). "
         "*none*: no image at all, 256 made-up ones stand in. *--harden*: all attacked and the innocent, with networks "
-        "in which nothing is found hardened, which is no default (section 11)."
+        "in which nothing is found hardened, which is no default (section 11). " + about_intervals(found)
     )
-    table = [*textwrap.wrap(text, 116), "", *_bars(found, wanted.per_class), "", *false_alarms(found)]
+    table = [*textwrap.wrap(text, 116), "", *bars(found, wanted.per_class), "", *false_alarms(found)]
     found = [g for g in found if g.method != HARDENED]
     for paragraph in TAUGHT:
         table += ["", *textwrap.wrap(paragraph, 116)]
@@ -121,7 +124,8 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines(mine, count, shared):
-        table.append(f"| `{line.method}` | {WORDS.get(line.method, '')} | {_figures(line)} |")
+        groups = [g for g in mine if g.method == line.method and g.model in shared]
+        table.append(f"| `{line.method}` | {WORDS.get(line.method, '')} | {figures(line, groups)} |")
     return table
 
 
@@ -142,25 +146,8 @@ def held_out_tables(found: list[Group], wanted: Any) -> list[str]:
         "not take. **The rows of `bshub` in this section are of an earlier default**, which searched before it asked "
         "batch norm and unlearned also what pruning had disarmed."
     )
-    bars = _bars(found, wanted.per_class)
-    return [*textwrap.wrap(text, 116), "", *bars, "", "### Every model", "", *detail_table(found, wanted)]
-
-
-def _bars(found: Sequence[Group], counts: Sequence[int]) -> list[str]:
-    head = "images per class", "models", "n", "mean ASR before", "mean ASR", "worst ASR", "ACC lost", "clean model"
-    table = [f"| {' | '.join(head)} | DER | seconds |", "|---" * 10 + "|"]
-    hardened = {(g.model, g.per_class): replace(g, method="bshub") for g in found if g.method == HARDENED and g.rows}
-    for count in counts:
-        mine = [g for g in found if g.method == "bshub" and g.per_class == count and g.rows]
-        if not mine:
-            continue
-        table.append(f"| {count or 'none'} | **bar** | 12 | – | {' | '.join(BARS[count])} | – | – |")
-        for name, models in _sets(mine).items():
-            table.append(_row(count, name, mine, models))
-            swapped = [hardened.get((g.model, g.per_class), g) for g in mine]
-            if name == "all attacked" and swapped != mine:
-                table.append(_row(count, "*--harden*", swapped, models))
-    return table
+    table = bars(found, wanted.per_class)
+    return [*textwrap.wrap(text, 116), "", *table, "", "### Every model", "", *detail_table(found, wanted)]
 
 
 def false_alarms(found: Sequence[Group]) -> list[str]:
@@ -182,31 +169,3 @@ def false_alarms(found: Sequence[Group]) -> list[str]:
 def _something_found(notes: dict[str, Any]) -> bool:
     """Whether filters were flagged or a trigger unlearned; a network in which nothing is found is hardened."""
     return bool(notes["counts"]["flagged"] or (notes["repaired"] and not was_hardened(notes)))
-
-
-def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
-    """Name → attacked models."""
-    attacked = {g.model for g in mine if g.rows[0]["before"].get("asr")} - {ADAPTIVE}
-    took = {g.model for g in mine if (g.mean(rate("before", "asr")) or 0) >= TOOK}
-    others = attacked - set(CHOSEN_ON)
-    sets = {
-        "all attacked": attacked,
-        "chosen on": attacked & set(CHOSEN_ON),
-        "others": others if others != attacked else set(),
-        "others that took": others & took,
-        "adaptive": {g.model for g in mine} & {ADAPTIVE},
-    }
-    return {name: models for name, models in sets.items() if models}
-
-
-def _row(count: int, name: str, mine: Sequence[Group], models: set[str]) -> str:
-    """A set of attacked models, with the innocent ones for the column of their own."""
-    before = mean(g.mean(rate("before", "asr")) for g in mine if g.model in models)
-    innocent = {g.model for g in mine if not g.rows[0]["before"].get("asr")}
-    (line,) = lines([g for g in mine if g.model in models | innocent], count)
-    return f"| {count or 'none'} | {name} | {line.models} | {number(before)} | {_figures(line)} |"
-
-
-def _figures(line: Line) -> str:
-    cells = [number(value) for value in (line.asr, line.worst, line.drop, line.control)]
-    return " | ".join([*cells, number(line.der, 3), number(line.seconds)])

@@ -15,12 +15,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from demo import as_victim
 from hardening_page import HARDENED
+from left_out import left_out_methods, run_left_out
 from results_page import page
 from shorten import SHORT, as_short_victim
 from zoo import DATA
@@ -38,7 +39,8 @@ LEARNED = "anp awm i-bau nad ft ft-sam tsbd ims rnp fine-pruning"
 AS_PUBLISHED = (
     "ft fine-pruning nad nad:lr=0.01,epochs=10 anp ft-sam ft:lr=0.05 clp clp:u=2.5 bnp i-bau i-bau:lr=0.001 rnp"
 )
-LEFT_OUT = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
+LEFT_OUT_BY_SETTING = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
+LEFT_OUT = " ".join((LEFT_OUT_BY_SETTING, *left_out_methods()))  # measured with as many images as are named first
 DIGITS = tuple(
     f"digits-{n}"
     for n in (
@@ -96,12 +98,16 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     if "demo" in wanted.models:
         as_short_victim(as_victim(zoo / "demo", data / "train"), zoo / SHORT)
     models = tuple(zoo / model for model in wanted.models if (zoo / model / "training.json").exists())
-    methods = tuple(wanted.methods.split())
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
     tests, device = args.test_images, args.device
     effort = args.effort if wanted.effort is None else wanted.effort
-    grid = Grid(models, wanted.data or data, methods, wanted.per_class, seeds, tests, effort, device)
-    run_grid(grid, rows, Steps(Lines()))
+    methods, fewer = wanted.methods.split(), set(LEFT_OUT.split())
+    grid = Grid(models, wanted.data or data, (), wanted.per_class, seeds, tests, effort, device)
+    run_grid(replace(grid, methods=tuple(m for m in methods if m not in fewer)), rows, Steps(Lines()))
+    once = replace(grid, per_class=wanted.per_class[:1])
+    run_grid(replace(once, methods=tuple(m for m in methods if m in LEFT_OUT_BY_SETTING.split())), rows, Steps(Lines()))
+    for method in (m for m in left_out_methods() if m in methods):
+        run_left_out(method, once, rows, Steps(Lines()))
 
 
 def judge(zoo: Path, data: Path, out: Path, tests: int) -> None:

@@ -36,7 +36,10 @@ TAUGHT = (
         "inverted waves of the classes that a wave reaches most easily (sig-1 14.6 for 0.4, blended-1 15.8 of 16.1); "
         "of those only what costs least to unlearn (blended-1 10.6 for 0.2, sig-1 34). What it costs to unlearn the "
         "wave of a class finds no backdoor either: sig-1's target 0.07 to 0.09 nats, the classes of innocent networks "
-        "0.02 to 0.28."
+        "0.02 to 0.28. Nor does it cost less to change only a part of the network: batch norm's scales and shifts, the "
+        "convolutions, the first or the last half of the layers, 24 or 48 steps (a sinusoid's model that is not listed "
+        "48.6 to 30 to 36 % for 0.2 to 0.9 points, an innocent one loses 0.3 to 0.8; all of it, 24 steps: 32.6 for "
+        "0.2, and 0.6; n=3000)."
     ),
 )
 

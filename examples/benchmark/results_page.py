@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bars_page import CHOSEN_ON
 from counts_page import counts_table
-from default_page import CHOSEN_ON, default_tables, false_alarms, held_out_tables
+from default_page import default_tables, false_alarms, held_out_tables
 from detail_page import detail_table
 from hardening_page import HARDENED, hardening_table, hardening_tables
 from methods_page import methods_table
