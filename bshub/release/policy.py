@@ -256,6 +256,6 @@ def lost_of(evaluation: Any) -> tuple[float, float, float] | None:
     lost = before[0] - after[0]
     paired = evaluation.get("accuracy_lost")
     high = paired.get("high") if isinstance(paired, Mapping) else None
-    if type(high) in (int, float) and lost - _ROUNDED <= high <= 100:
+    if isinstance(high, int | float) and not isinstance(high, bool) and lost - _ROUNDED <= high <= 100:
         return before[0], after[0], float(high)
     return before[0], after[0], lost + math.hypot(before[2] - before[0], after[0] - after[1])
