@@ -285,6 +285,16 @@ def test_a_page_that_cannot_be_drawn_does_not_cost_the_run(tmp_path: Path, monke
     )
 
 
+def test_what_was_lost_stands_beside_the_accuracy_where_it_was_counted() -> None:
+    evaluation = {"before": {"accuracy": RATE}, "after": {"accuracy": RATE}}
+    lost = {"points": 1.4, "low": -0.1, "high": 2.9, "lost": 40, "gained": 26, "n": 1000}
+    told = report_page(
+        some_evidence(), a_report(evaluation={**evaluation, "accuracy_lost": lost}), list("abc"), "bshub"
+    )
+    assert "lost: -0.1 to 2.9 points" in told
+    assert "lost:" not in report_page(some_evidence(), a_report(evaluation=evaluation), list("abc"), "bshub")
+
+
 def test_a_hardened_network_is_called_neither_repaired_nor_unchanged() -> None:
     counts = dict.fromkeys(("flagged", "removed", "silenced", "followers"), 0)
     hardening = {"share": 0.7, "agreement": 0.9624, "passes": 6}
