@@ -84,6 +84,15 @@ TAUGHT = (
         "pass, for time."
     ),
 )
+PARTS_TAUGHT = (
+    "Without the search for a patch, or without any, most backdoors stay. With ten images per class the other parts "
+    "are each worth up to three points of ASR or of ACC on average: the repair and recall (sig-10) most of ASR, "
+    "pruning and distillation of ACC. The search for a faint change then helps one model and hurts another (blended-10, "
+    "label-consistent-1); without images blended-10 is left with 39 % where it is with 20. That for a warp finds "
+    "nothing here that another does not, and takes a few hundredths of the time. Likeness changes little here and is "
+    "for networks that know a class by a stroke: without it two of four innocent ones for digits lose 8.9 and 17.5 "
+    "points (n=360), with it none is touched."
+)
 WORDS = {
     "bshub": "the default",
     "bshub:score=lipschitz": "no inverted trigger: filters scored by their weights, repair by distillation alone",
@@ -117,14 +126,23 @@ def default_tables(found: list[Group], wanted: Any) -> list[str]:
     found = [g for g in found if g.method != HARDENED]
     for paragraph in TAUGHT:
         table += ["", *textwrap.wrap(paragraph, 116)]
-    table += ["", "### One part left out at a time", ""]
-    count = wanted.per_class[0]
+    table += ["", "### One part left out at a time", "", *textwrap.wrap(PARTS_TAUGHT, 116)]
+    return [*table, *(line for count in (wanted.per_class[0], 0) for line in _left_out(found, count))]
+
+
+def _left_out(found: Sequence[Group], count: int) -> list[str]:
+    """The default beside itself without each of its parts, with so many images per class."""
     mine = [g for g in found if g.rows and g.per_class == count]
     by_method = [{g.model for g in mine if g.method == method} for method in {g.method for g in mine}]
     shared = set.intersection(*by_method) if by_method else set()
     attacked = sorted(shared - {"clean"})
-    table += [
-        f"{count} images per class; means over {len(attacked)} models ({', '.join(attacked)}).",
+    if len(by_method) < 2:
+        return []
+    images = f"{count} images per class" if count else "No images"
+    text = f"{images}; means over {len(attacked)} models ({', '.join(attacked)})."
+    table = [
+        "",
+        *textwrap.wrap(text, 116),
         "",
         "| method | what it is | mean ASR | worst ASR | ACC lost | clean model | DER | seconds |",
         "|---|---|---|---|---|---|---|---|",

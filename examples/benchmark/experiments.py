@@ -107,7 +107,7 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     once = replace(grid, per_class=wanted.per_class[:1])
     run_grid(replace(once, methods=tuple(m for m in methods if m in LEFT_OUT_BY_SETTING.split())), rows, Steps(Lines()))
     for method in (m for m in left_out_methods() if m in methods):
-        run_left_out(method, once, rows, Steps(Lines()))
+        run_left_out(method, grid, rows, Steps(Lines()))
 
 
 def judge(zoo: Path, data: Path, out: Path, tests: int) -> None:

@@ -32,10 +32,13 @@ class Part:
     Attributes:
         words: What is missing without it.
         taken_out: How.
+        unaided: Whether it is left out where there is no image as well: batch norm is not asked then, and made-up
+            images show no class.
     """
 
     words: str
     taken_out: Callable[[], AbstractContextManager[Any]]
+    unaided: bool = False
 
 
 def _without_memory() -> AbstractContextManager[Any]:
@@ -56,9 +59,9 @@ def _without_family(name: str) -> Callable[[], AbstractContextManager[Any]]:
 PARTS = {
     "memory": Part("filters whose batch norm remembers other images count for nothing", _without_memory),
     "recall": Part("batch norm is not asked for waves", _without_family("waves")),
-    "patch": Part("no search for a patch", _without_family("patch")),
-    "additive": Part("no search for a faint change of the whole image", _without_family("additive")),
-    "warp": Part("no search for a warp", _without_family("warp")),
+    "patch": Part("no search for a patch", _without_family("patch"), unaided=True),
+    "additive": Part("no search for a faint change of the whole image", _without_family("additive"), unaided=True),
+    "warp": Part("no search for a warp", _without_family("warp"), unaided=True),
     "likeness": Part(
         "a trigger that is like its class is believed all the same", lambda: patch.object(confirmation, "LIKE", 2.0)
     ),
@@ -105,9 +108,11 @@ def run_left_out(method: str, grid: Grid, rows: Rows, steps: Steps) -> None:
 
     Args:
         method: ``bshub-PART``.
-        grid: Its methods are not used.
+        grid: Its methods are not used, and of its numbers of images only the first, and none where that makes sense.
         rows: Where the rows go.
         steps: Where the work is shown.
     """
-    with PARTS[method.removeprefix(PREFIX)].taken_out():
-        run_grid(replace(grid, methods=("bshub",)), Renamed(rows, method), steps)
+    part = PARTS[method.removeprefix(PREFIX)]
+    counts = (*grid.per_class[:1], *(0 for count in grid.per_class[1:] if not count and part.unaided))
+    with part.taken_out():
+        run_grid(replace(grid, methods=("bshub",), per_class=counts), Renamed(rows, method), steps)
