@@ -88,10 +88,10 @@ PARTS_TAUGHT = (
     "Without the search for a patch, or without any, most backdoors stay. With ten images per class the other parts "
     "are each worth up to three points of ASR or of ACC on average: the repair and recall (sig-10) most of ASR, "
     "pruning and distillation of ACC. The search for a faint change then helps one model and hurts another "
-    "(blended-10, label-consistent-1); without images blended-10 is left with 39 % where it is with 20. That for a warp finds "
-    "nothing here that another does not, and takes a few hundredths of the time. Likeness changes little here and is "
-    "for networks that know a class by a stroke: without it two of four innocent ones for digits lose 8.9 and 17.5 "
-    "points (n=360), with it none is touched."
+    "(blended-10, label-consistent-1); without images blended-10 is left with 39 % where it is with 20. That for a "
+    "warp finds nothing here that another does not, and takes a few hundredths of the time. Likeness changes little "
+    "here and is for networks that know a class by a stroke: without it two of four innocent ones for digits lose "
+    "8.9 and 17.5 points (n=360), with it none is touched."
 )
 WORDS = {
     "bshub": "the default",
