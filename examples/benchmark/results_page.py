@@ -14,6 +14,7 @@ from counts_page import counts_table
 from default_page import default_tables, false_alarms, held_out_tables
 from detail_page import detail_table
 from hardening_page import HARDENED, hardening_table, hardening_tables
+from left_out import left_out_methods
 from methods_page import methods_table
 from published_page import published_table
 
@@ -76,7 +77,7 @@ def page(rows: Sequence[Row], evidence: Sequence[Row], experiments: Mapping[str,
     folder = out.with_suffix("")
     shown = {model for key in ("2", "3", "4") for model in experiments[key].models}
     alike = [row for row in rows if row["cell"]["model"] in shown and row["cell"]["per_class"] <= MOST_IMAGES]
-    alike = [row for row in alike if row["cell"]["method"] != HARDENED]
+    alike = [row for row in alike if row["cell"]["method"] not in (HARDENED, *left_out_methods())]
     pictures = dict(draw_plots(alike, folder)) if alike else {}
     parts = [*_head(rows, found), *_models(found)]
     for key in TITLES:
