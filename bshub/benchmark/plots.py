@@ -28,7 +28,7 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
     Returns:
         (file, caption) of each.
     """
-    found = [group for group in groups(rows) if group.rows and group.rows[0]["before"].get("asr")]
+    found = [group for group in groups(rows) if group.rows and group.attacked]
     drawn = []
     count, points = _trade(found)
     if points:

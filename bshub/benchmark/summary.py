@@ -32,6 +32,11 @@ class Group:
     rows: tuple[Row, ...]
     failed: tuple[str, ...]
 
+    @property
+    def attacked(self) -> bool:
+        """Whether the model has a backdoor; needs a row."""
+        return bool(self.rows[0]["before"].get("asr"))
+
     def mean(self, pick: Callable[[Row], float | None]) -> float | None:
         """Mean over the draws; None where there is nothing."""
         return mean(pick(row) for row in self.rows)
@@ -121,8 +126,8 @@ def lines(found: Iterable[Group], per_class: int, models: Iterable[str] | None =
             by_method.setdefault(group.method, []).append(group)
     result = []
     for method, members in by_method.items():
-        attacked = [group for group in members if group.rows[0]["before"].get("asr")]
-        clean = [group for group in members if not group.rows[0]["before"].get("asr")]
+        attacked = [group for group in members if group.attacked]
+        clean = [group for group in members if not group.attacked]
         rows = [row for group in members for row in group.rows]
         after = [group.mean(rate("after", "asr")) for group in attacked]
         result.append(

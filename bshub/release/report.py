@@ -161,10 +161,9 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for key, title in rates:
         before, after = (evaluation.get(when, {}).get(key) for when in ("before", "after"))
         if before and after:
-            tiles.append((title, _percent(before), _percent(after), f"after: {_interval(after)}"))
-    if tiles and (lost := evaluation.get("accuracy_lost")):
-        title, before, after, counted = tiles[0]
-        tiles[0] = (title, before, after, f"{counted}; lost: {lost['low']:.1f} to {lost['high']:.1f} points")
+            lost = evaluation.get("accuracy_lost") if key == "accuracy" else None
+            by_pairs = f"; lost: {lost['low']:.1f} to {lost['high']:.1f} points" if lost else ""
+            tiles.append((title, _percent(before), _percent(after), f"after: {_interval(after)}{by_pairs}"))
     if not tiles:
         clean = report["clean_images"]
         before, after = clean["accuracy_before"], clean["accuracy_after"]

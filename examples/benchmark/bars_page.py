@@ -64,8 +64,8 @@ def figures(line: Line, groups: Sequence[Group]) -> str:
         line: Of one method.
         groups: What it was made of.
     """
-    attacked = [g for g in groups if g.rows[0]["before"].get("asr")]
-    innocent = [g for g in groups if not g.rows[0]["before"].get("asr")]
+    attacked = [g for g in groups if g.attacked]
+    innocent = [g for g in groups if not g.attacked]
     worst = [g for g in attacked if g.mean(rate("after", "asr")) == line.worst][:1]
     cells = [
         _between(line.asr, attacked, _asr_ends),
@@ -97,7 +97,7 @@ def _lost_ends(row: Row) -> Ends | None:
 
 def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
     """Name → attacked models."""
-    attacked = {g.model for g in mine if g.rows[0]["before"].get("asr")} - {ADAPTIVE}
+    attacked = {g.model for g in mine if g.attacked} - {ADAPTIVE}
     took = {g.model for g in mine if (g.mean(rate("before", "asr")) or 0) >= TOOK}
     others = attacked - set(CHOSEN_ON)
     sets = {
@@ -113,7 +113,7 @@ def _sets(mine: Sequence[Group]) -> dict[str, set[str]]:
 def _row(count: int, name: str, mine: Sequence[Group], models: set[str]) -> str:
     """A set of attacked models, with the innocent ones for the column of their own."""
     before = mean(g.mean(rate("before", "asr")) for g in mine if g.model in models)
-    innocent = {g.model for g in mine if not g.rows[0]["before"].get("asr")}
+    innocent = {g.model for g in mine if not g.attacked}
     shown = [g for g in mine if g.model in models | innocent]
     (line,) = lines(shown, count)
     return f"| {count or 'none'} | {name} | {line.models} | {number(before)} | {figures(line, shown)} |"

@@ -40,7 +40,7 @@ AS_PUBLISHED = (
     "ft fine-pruning nad nad:lr=0.01,epochs=10 anp ft-sam ft:lr=0.05 clp clp:u=2.5 bnp i-bau i-bau:lr=0.001 rnp"
 )
 LEFT_OUT_BY_SETTING = "bshub:score=lipschitz bshub:mu=1000000.0 bshub:finetune_epochs=0 bshub:repair=finetune"
-LEFT_OUT = " ".join((LEFT_OUT_BY_SETTING, *left_out_methods()))  # measured with as many images as are named first
+LEFT_OUT = " ".join((LEFT_OUT_BY_SETTING, *left_out_methods()))
 DIGITS = tuple(
     f"digits-{n}"
     for n in (
@@ -101,12 +101,14 @@ def run(name: str, zoo: Path, data: Path, rows: Rows, args: argparse.Namespace) 
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
     tests, device = args.test_images, args.device
     effort = args.effort if wanted.effort is None else wanted.effort
-    methods, fewer = wanted.methods.split(), set(LEFT_OUT.split())
-    grid = Grid(models, wanted.data or data, (), wanted.per_class, seeds, tests, effort, device)
-    run_grid(replace(grid, methods=tuple(m for m in methods if m not in fewer)), rows, Steps(Lines()))
-    once = replace(grid, per_class=wanted.per_class[:1])
-    run_grid(replace(once, methods=tuple(m for m in methods if m in LEFT_OUT_BY_SETTING.split())), rows, Steps(Lines()))
-    for method in (m for m in left_out_methods() if m in methods):
+    methods = wanted.methods.split()
+    once = tuple(m for m in methods if m in LEFT_OUT_BY_SETTING.split())  # with as many images as are named first
+    parts = tuple(m for m in methods if m in left_out_methods())
+    whole = tuple(m for m in methods if m not in once + parts)
+    grid = Grid(models, wanted.data or data, whole, wanted.per_class, seeds, tests, effort, device)
+    run_grid(grid, rows, Steps(Lines()))
+    run_grid(replace(grid, methods=once, per_class=wanted.per_class[:1]), rows, Steps(Lines()))
+    for method in parts:
         run_left_out(method, grid, rows, Steps(Lines()))
 
 

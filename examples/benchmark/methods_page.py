@@ -21,7 +21,7 @@ def methods_table(found: list[Group], wanted: Any) -> list[str]:
     Returns:
         Lines of Markdown.
     """
-    attacked = {g.model for g in found if g.rows and g.rows[0]["before"].get("asr")}
+    attacked = {g.model for g in found if g.rows and g.attacked}
     have = {method: {g.model for g in found if g.method == method and g.rows} for method in {g.method for g in found}}
     table = ["*clean model*: ACC lost on the innocent control. A table compares methods on the very same models."]
     told: set[frozenset[str]] = set()
